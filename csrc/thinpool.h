@@ -1,0 +1,201 @@
+/* thinpool.h - the data plane's whole contract: what Python (through cffi) and the export loops may call.
+ *
+ * A pool maps layers to chunks of one data file. This core owns every byte that moves: block maps, chunk
+ * space, reference counts and I/O. It never touches the metadata store: it asks for a record that is not in
+ * memory through `fetch`, and hands over changed records, already encoded, at a commit.
+ *
+ * Every function returns TP_OK (0), a count, or a negative tp_error; none uses errno across this boundary.
+ * The detail of the last error of the calling thread is in tp_last_error(). Any thread may call anything at
+ * any time; a handle stays valid until it is put, whatever happens to its layer or pool meanwhile.
+ */
+#ifndef THINPOOL_H
+#define THINPOOL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cdef begin */
+
+enum tp_error {
+  TP_OK = 0,
+  TP_EIO = -1,        /* the disk below failed; the errno is in tp_last_error() */
+  TP_ENOSPC = -2,     /* the pool's capacity, or the host's disk, is used up */
+  TP_ERANGE = -3,     /* past the end of the layer */
+  TP_ESEALED = -4,    /* a sealed layer never changes */
+  TP_EDELETED = -5,   /* the layer was deleted */
+  TP_ECLOSED = -6,    /* the pool was closed */
+  TP_ECORRUPT = -7,   /* a stored record does not match its checksum, or makes no sense */
+  TP_ENOMEM = -8,
+  TP_EFAILED = -9,    /* the pool is in error mode after a failed sync or commit: reads only */
+  TP_EREADONLY = -10, /* the pool is open read-only */
+  TP_EINVAL = -11,
+  TP_ENOENT = -12,    /* no such record or layer */
+  TP_ECALLBACK = -13, /* the metadata store failed; its exception is kept by the caller */
+};
+
+/* Record kinds: one LMDB database each. Keys are 64-bit numbers, stored big-endian. docs/FORMAT.md. */
+enum tp_kind {
+  TP_NODE = 1,        /* key: node id. A block map node */
+  TP_CHUNK_PAGE = 2,  /* key: page number. Reference counts of 1,024 chunks */
+  TP_NODE_PAGE = 3,   /* key: page number. Reference counts of 1,024 nodes */
+  TP_SUMMARY = 4,     /* key: page number. Free chunks of 1,024 chunk pages */
+  TP_MAP = 5,         /* key: layer id. Root, size and counters of a layer's map */
+  TP_STATE = 6,       /* key 0: the pool's counters; 1: the reclaim queue; 2: the allocation window */
+};
+
+typedef struct tp_pool tp_pool;
+typedef struct tp_layer tp_layer;
+
+/* The disk below: the data file, or a test's stand-in. Each returns >= 0 or a negative errno. */
+typedef struct {
+  void *ctx;
+  int64_t (*pread)(void *ctx, void *buf, uint64_t length, uint64_t offset);
+  int64_t (*pwrite)(void *ctx, const void *buf, uint64_t length, uint64_t offset);
+  int (*punch)(void *ctx, uint64_t offset, uint64_t length); /* becomes a hole that reads as zeros */
+  int (*sync)(void *ctx);
+  int (*resize)(void *ctx, uint64_t length); /* grows the file, sparse */
+} tp_disk;
+
+typedef struct {
+  uint64_t chunk_size;     /* bytes; a power of two, 4 KiB to 4 MiB */
+  uint64_t capacity;       /* bytes that chunks may take; 0: no limit */
+  uint64_t cache_bytes;    /* bound of the node and page cache */
+  int data_fd;             /* the data file, when disk is NULL; stays the caller's */
+  int read_only;
+  const tp_disk *disk;     /* copied; NULL: plain I/O on data_fd */
+  void *ctx;               /* handed to the callbacks */
+  /* Copy the record's value into buf; its length in *length. TP_ENOENT where there is none. If capacity is too
+   * small, set *length and return TP_ERANGE. Called with locks held: must not call back into this core. */
+  int (*fetch)(void *ctx, uint32_t kind, uint64_t key, void *buf, uint64_t capacity, uint64_t *length);
+  /* Run one whole commit (freeze, sync, store, release). Called without locks. 0 or negative. */
+  int (*commit)(void *ctx);
+  /* Plan, store and activate more allocation window (tp_window_plan). Called without locks. 0 or negative. */
+  int (*extend_window)(void *ctx);
+} tp_options;
+
+typedef struct {
+  int code;           /* tp_error */
+  int os_error;       /* errno of the host, for TP_EIO and TP_ENOSPC; 0: the pool's own limit */
+  uint32_t kind;      /* record concerned, for TP_ECORRUPT; 0: none */
+  uint64_t key;
+  uint64_t layer_id;  /* layer and range concerned; 0: none */
+  uint64_t offset;
+  uint64_t length;
+} tp_error_info;
+
+typedef struct {
+  uint64_t offset;
+  uint64_t length;
+  uint32_t data;      /* 1: data, 0: hole */
+} tp_extent;
+
+typedef struct {
+  uint64_t size;          /* bytes */
+  uint64_t mapped_refs;   /* chunk references of the map: a whole entry is one, a split one per chunk it names */
+  uint64_t epoch;         /* grows with each snapshot of the layer */
+  int sealed;
+} tp_layer_info;
+
+typedef struct {
+  uint64_t capacity_chunks; /* 0: no limit */
+  uint64_t allocated_chunks;
+  uint64_t dirty_chunks;    /* free, but still holding old bytes: to be punched */
+  uint64_t pending_chunks;  /* freed, not yet committed */
+  uint64_t data_bytes;      /* length of the data file in use */
+  uint64_t reclaim_nodes;   /* nodes of deleted maps still to be walked */
+  uint64_t txn;             /* the open transaction */
+  uint64_t durable_txn;
+  int dirty;                /* the open transaction has changed records */
+  int failed;               /* tp_error that put the pool into error mode; 0: none */
+  uint64_t cached_bytes;    /* nodes and pages in memory */
+  uint64_t splits, in_place, first_writes, window_waits, fetches; /* counters since open */
+} tp_pool_info;
+
+typedef struct {
+  void *buf;
+  uint64_t length;
+  uint64_t offset;
+} tp_vec;
+
+void tp_last_error(tp_error_info *out);
+uint32_t tp_crc32c(uint32_t crc, const void *data, uint64_t length);
+int tp_is_zero(const void *data, uint64_t length);
+
+/* --- pool --- */
+int tp_pool_open(const tp_options *options, tp_pool **out);
+void tp_pool_close(tp_pool *pool);    /* drains I/O; every later call on its handles is TP_ECLOSED. No commit */
+void tp_pool_put(tp_pool *pool);      /* frees the handle; after tp_pool_close */
+int tp_pool_get_info(tp_pool *pool, tp_pool_info *out);
+int tp_pool_set_capacity(tp_pool *pool, uint64_t capacity);
+
+/* --- layers --- */
+int tp_layer_create(tp_pool *pool, uint64_t id, uint64_t size, tp_layer **out);
+int tp_layer_get(tp_pool *pool, uint64_t id, tp_layer **out); /* one more handle on the layer */
+void tp_layer_put(tp_layer *layer);
+int tp_layer_branch(tp_layer *source, uint64_t id, uint64_t size, int sealed, tp_layer **out); /* O(1) */
+int tp_layer_seal(tp_layer *layer);
+int tp_layer_resize(tp_layer *layer, uint64_t size);
+int tp_layer_reset(tp_layer *layer, tp_layer *source);  /* takes source's content as it is now; O(1) */
+int tp_layer_delete(tp_layer *layer);                   /* O(1); space comes back through tp_reclaim */
+int tp_layer_get_info(tp_layer *layer, tp_layer_info *out);
+uint64_t tp_layer_size(tp_layer *layer);                /* bytes; no lock */
+
+/* --- I/O: bytes at any offset; all or an error --- */
+int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
+int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
+int tp_readv(tp_layer *layer, const tp_vec *vecs, uint64_t count);
+int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count);
+int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length); /* reads back as zeros; whole blocks are given back */
+int tp_flush(tp_pool *pool); /* all that was written before the call is durable when it returns */
+
+/* --- what is where. Each fills up to capacity items from *cursor on, and moves *cursor to where to go on; a
+ *     return of 0 items with *cursor at the end means done. Neighbours may have the same kind. --- */
+int64_t tp_extents(tp_layer *layer, uint64_t *cursor, tp_extent *out, uint64_t capacity);
+int64_t tp_diff(tp_layer *from, tp_layer *to, uint64_t *cursor, tp_extent *out, uint64_t capacity);
+int tp_exclusive(tp_layer *layer, uint64_t *chunks); /* how many chunks deleting the layer would free */
+
+/* --- sharing equal chunks (import). Map, revoke, compare, and on a difference write over it --- */
+int tp_map_shared(tp_layer *layer, uint64_t index, uint64_t chunk); /* 1: entry names chunk now; 0: chunk is not allocated */
+int tp_revoke(tp_pool *pool);     /* no layer overwrites in place until it has looked at the counts again */
+int tp_equal(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset); /* 1, 0, or an error */
+int64_t tp_chunk_at(tp_layer *layer, uint64_t index); /* chunk number of a whole entry, or -1 */
+
+/* --- commit: freeze, (tp_sync), encode until none is left, store, release. One at a time. --- */
+int tp_freeze(tp_pool *pool, uint64_t *txn);  /* returns 1 if there is anything to store */
+/* The next records, back to back: u8 kind, u8 deleted, u16 0, u32 length, u8 key[8] big-endian, value. The
+ * buffer belongs to the pool, until the next call. *length 0: all are encoded. */
+int tp_encode(tp_pool *pool, const uint8_t **records, uint64_t *length);
+int tp_sync(tp_pool *pool);
+/* The transaction is durable. store_txn: the store's number of it; oldest_reader: the oldest store_txn that a
+ * reader may still look at (UINT64_MAX: none): what was freed since is kept. */
+int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader);
+void tp_fail(tp_pool *pool, int error, int os_error); /* error mode, for good */
+
+/* --- background work --- */
+/* Waits up to timeout_ms for work; returns a set of tp_work bits (0: none), or TP_ECLOSED. */
+enum tp_work { TP_WORK_WINDOW = 1, TP_WORK_RECLAIM = 2, TP_WORK_PUNCH = 4, TP_WORK_COMMIT = 8 };
+int tp_wait_work(tp_pool *pool, int timeout_ms);
+void tp_wake(tp_pool *pool);
+int tp_reclaim(tp_pool *pool, uint64_t budget);  /* walks up to budget entries of deleted maps; 1: more to do */
+int tp_punch(tp_pool *pool, uint64_t budget);    /* punches up to budget bytes of free chunks; 1: more to do */
+/* The record to store under (TP_STATE, 2) so that more clean chunks may be handed out; then tp_window_activate. */
+int tp_window_plan(tp_pool *pool, const uint8_t **record, uint64_t *length);
+int tp_window_activate(tp_pool *pool);
+
+/* For tests and benchmarks: maps count chunks from index on, without writing any data. */
+int tp_map_unwritten(tp_layer *layer, uint64_t index, uint64_t count);
+
+/* --- FUSE: one file per layer, served from /dev/fuse by threads of this core --- */
+typedef struct tp_fuse tp_fuse;
+typedef struct {
+  void *ctx;
+  int (*lookup)(void *ctx, const char *name, tp_layer **out);      /* a handle for the FUSE side to put; TP_ENOENT */
+  int (*list)(void *ctx, uint64_t position, char *name, uint64_t capacity); /* name of the position-th layer; TP_ENOENT past the last */
+} tp_fuse_callbacks;
+int tp_fuse_start(tp_pool *pool, int fuse_fd, unsigned threads, const tp_fuse_callbacks *callbacks, tp_fuse **out);
+int tp_fuse_stop(tp_fuse *fuse); /* joins the threads and frees; after the unmount */
+int tp_fuse_resized(tp_fuse *fuse, uint64_t layer_id); /* tell the kernel that the size changed */
+
+/* cdef end */
+
+#endif

@@ -97,6 +97,7 @@ typedef struct {
 } tp_layer_info;
 
 typedef struct {
+  uint64_t chunk_size;      /* bytes */
   uint64_t capacity_chunks; /* 0: no limit */
   uint64_t allocated_chunks;
   uint64_t dirty_chunks;    /* free, but still holding old bytes: to be punched */
@@ -185,13 +186,18 @@ int tp_window_activate(tp_pool *pool);
 /* For tests and benchmarks: maps count chunks from index on, without writing any data. */
 int tp_map_unwritten(tp_layer *layer, uint64_t index, uint64_t count);
 
-/* --- FUSE: one file per layer, served from /dev/fuse by threads of this core --- */
+/* --- FUSE: one file per layer, served from /dev/fuse by threads of this core. The number of a layer's inode is its
+ *     id + 1, so that nothing the kernel holds on to depends on the process that serves it. --- */
 typedef struct tp_fuse tp_fuse;
+typedef struct tp_fuse_listing tp_fuse_listing;
 typedef struct {
   void *ctx;
-  int (*lookup)(void *ctx, const char *name, tp_layer **out);      /* a handle for the FUSE side to put; TP_ENOENT */
-  int (*list)(void *ctx, uint64_t position, char *name, uint64_t capacity); /* name of the position-th layer; TP_ENOENT past the last */
+  int (*lookup)(void *ctx, const char *name, uint64_t *layer_id); /* TP_ENOENT: no layer has that file name */
+  /* tp_fuse_list for each layer whose id is at least `from`, in the order of ids, until that returns 0. */
+  int (*list)(void *ctx, uint64_t from, tp_fuse_listing *out);
 } tp_fuse_callbacks;
+int tp_fuse_list(tp_fuse_listing *out, uint64_t layer_id, const char *name); /* 0: no room, stop */
+/* fuse_fd: /dev/fuse, already mounted; stays the caller's, who keeps it open until tp_fuse_stop has returned. */
 int tp_fuse_start(tp_pool *pool, int fuse_fd, unsigned threads, const tp_fuse_callbacks *callbacks, tp_fuse **out);
 int tp_fuse_stop(tp_fuse *fuse); /* joins the threads and frees; after the unmount */
 int tp_fuse_resized(tp_fuse *fuse, uint64_t layer_id); /* tell the kernel that the size changed */

@@ -1,0 +1,38 @@
+/* io.h - bytes to and from layers: the parts that reading, writing and discarding share. */
+#ifndef TP_IO_H
+#define TP_IO_H
+
+#include "map.h"
+
+/* A layer's lock during one operation: shared as long as no map changes, exclusive from then on. */
+struct io {
+  tp_layer *layer;
+  bool exclusive;
+};
+
+/* Takes the lock and checks state and range (against the size as it is now). */
+int io_begin(struct io *io, tp_layer *layer, uint64_t offset, uint64_t length, bool writing);
+/* Makes the lock exclusive. Nothing that was looked up before holds: others may have come in between. */
+int io_upgrade(struct io *io, uint64_t offset, uint64_t length, bool writing);
+void io_end(struct io *io);
+
+/* The leaf of a chunk from its slot, filled if need be (which makes the lock exclusive). *out NULL: a hole. */
+int io_find_leaf(struct io *io, uint64_t index, uint64_t offset, uint64_t length, bool writing, struct node **out);
+
+/* Whole transfers to and from the data file. */
+int disk_read(struct tp_pool *pool, void *buf, uint64_t length, uint64_t at);
+int disk_write(struct tp_pool *pool, const void *buf, uint64_t length, uint64_t at);
+int disk_write_zeros(struct tp_pool *pool, uint64_t length, uint64_t at);
+
+/* One chunk's piece of a write that needs the map changed, or looked at more closely; lock held exclusively. May
+ * return TP_NEED_WINDOW. *overdue: a commit should come first, before the next write. */
+int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned length, const uint8_t *buf, bool *overdue);
+
+/* Puts the new entry in place of the old one, a split of which is freed; chunks that only the old one named lose a
+ * reference. Counts of both loaded, new chunks counted already; mutex and lock held. */
+void replace_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t entry);
+
+/* Gives way to whatever can free space; attempt counts from 0. The reason if there is nothing left to try. */
+int make_room(struct tp_pool *pool, int reason, int attempt);
+
+#endif

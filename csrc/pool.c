@@ -1,0 +1,260 @@
+/* pool.c - opening and closing a pool, its figures, and waiting for background work. */
+#define _GNU_SOURCE /* fallocate */
+#include "pool.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <time.h>
+#include <unistd.h>
+
+/* --- the plain data file --- */
+
+static int64_t file_pread(void *ctx, void *buf, uint64_t length, uint64_t offset) {
+  int fd = ((struct file_disk *)ctx)->fd;
+  ssize_t n;
+  do n = pread(fd, buf, length, (off_t)offset);
+  while (n < 0 && errno == EINTR);
+  return n < 0 ? -errno : n;
+}
+
+static int64_t file_pwrite(void *ctx, const void *buf, uint64_t length, uint64_t offset) {
+  int fd = ((struct file_disk *)ctx)->fd;
+  ssize_t n;
+  do n = pwrite(fd, buf, length, (off_t)offset);
+  while (n < 0 && errno == EINTR);
+  return n < 0 ? -errno : n;
+}
+
+static int file_punch(void *ctx, uint64_t offset, uint64_t length) {
+  int fd = ((struct file_disk *)ctx)->fd, rc;
+  do rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)length);
+  while (rc < 0 && errno == EINTR);
+  return rc < 0 ? -errno : 0;
+}
+
+static int file_sync(void *ctx) { return fdatasync(((struct file_disk *)ctx)->fd) < 0 ? -errno : 0; }
+
+static int file_resize(void *ctx, uint64_t length) {
+  int fd = ((struct file_disk *)ctx)->fd;
+  off_t now = lseek(fd, 0, SEEK_END);
+  if (now < 0) return -errno;
+  if ((uint64_t)now >= length) return 0;
+  return ftruncate(fd, (off_t)length) < 0 ? -errno : 0;
+}
+
+/* --- opening --- */
+
+static bool valid(const tp_options *o) {
+  uint64_t size = o->chunk_size;
+  return size >= TP_BLOCK && size <= (4u << 20) && (size & (size - 1)) == 0 && o->fetch != NULL;
+}
+
+static int load_state(tp_pool *pool) {
+  struct reader in;
+  int rc = record_fetch(pool, TP_STATE, 0, &in);
+  if (rc == TP_ENOENT) return TP_OK; /* a new pool */
+  if (rc != TP_OK) return rc;
+  pool->next_node = codec_get_varint(&in);
+  pool->space.pages = codec_get_varint(&in);
+  pool->space.allocated = codec_get_varint(&in);
+  pool->space.dirty = codec_get_varint(&in);
+  if (in.bad) return tp_error_record(TP_ECORRUPT, TP_STATE, 0);
+  rc = record_fetch(pool, TP_STATE, 1, &in);
+  if (rc != TP_OK) return rc == TP_ENOENT ? TP_OK : rc;
+  uint64_t count = codec_get_varint(&in);
+  if (count > in.length) in.bad = true;
+  if (!in.bad) {
+    pool->reclaim.ids = tp_alloc(count * sizeof *pool->reclaim.ids);
+    pool->reclaim.capacity = count;
+    while (pool->reclaim.count < count) pool->reclaim.ids[pool->reclaim.count++] = codec_get_varint(&in);
+  }
+  return in.bad ? tp_error_record(TP_ECORRUPT, TP_STATE, 1) : TP_OK;
+}
+
+static void destroy(tp_pool *pool) {
+  free(pool->dirty.items);
+  free(pool->frozen.items);
+  free(pool->reclaim.ids);
+  bytes_free(&pool->out);
+  bytes_free(&pool->handed);
+  bytes_free(&pool->fetched);
+  pthread_cond_destroy(&pool->committed);
+  pthread_cond_destroy(&pool->work);
+  pthread_mutex_destroy(&pool->mutex);
+  free(pool);
+}
+
+static void init_locks(tp_pool *pool) {
+  pthread_mutex_init(&pool->mutex, NULL);
+  pthread_cond_init(&pool->committed, NULL);
+  pthread_condattr_t attr;
+  pthread_condattr_init(&attr);
+  pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+  pthread_cond_init(&pool->work, &attr);
+  pthread_condattr_destroy(&attr);
+}
+
+int tp_pool_open(const tp_options *options, tp_pool **out) {
+  if (!valid(options)) return tp_error_set(TP_EINVAL);
+  tp_pool *pool = tp_alloc_zero(sizeof *pool);
+  init_locks(pool);
+  pool->options = *options;
+  pool->file_disk.fd = options->data_fd;
+  pool->disk = options->disk != NULL
+                   ? *options->disk
+                   : (tp_disk){&pool->file_disk, file_pread, file_pwrite, file_punch, file_sync, file_resize};
+  pool->chunk_shift = (unsigned)__builtin_ctzll(options->chunk_size);
+  pool->blocks = (unsigned)(options->chunk_size / TP_BLOCK);
+  pool->space.capacity = options->capacity >> pool->chunk_shift;
+  pool->cache.limit = options->cache_bytes ? options->cache_bytes : 64u << 20;
+  pool->next_node = 1;
+  pool->txn = 1;
+  pool->handles = 1;
+  pthread_mutex_lock(&pool->mutex);
+  int rc = load_state(pool);
+  if (rc == TP_OK && !options->read_only) rc = space_open_window(pool);
+  pthread_mutex_unlock(&pool->mutex);
+  if (rc != TP_OK) {
+    tp_error_info why;
+    tp_last_error(&why);
+    tp_pool_close(pool);
+    tp_pool_put(pool);
+    if (why.kind != 0) return tp_error_record(rc, why.kind, why.key);
+    return why.code == rc && why.os_error != 0 ? tp_error_os(-why.os_error) : tp_error_set(rc);
+  }
+  /* Small writes into what a large readahead brought in as one large folio are several times dearer. */
+  if (options->disk == NULL) (void)posix_fadvise(options->data_fd, 0, 0, POSIX_FADV_RANDOM);
+  *out = pool;
+  return TP_OK;
+}
+
+/* --- closing --- */
+
+/* All layers in memory, with a handle each, so that they can be locked in order without the mutex. */
+static tp_layer **all_layers(tp_pool *pool, size_t *count) {
+  tp_layer **layers = tp_alloc((pool->cache.record_count + 1) * sizeof(tp_layer *));
+  *count = 0;
+  for (size_t i = 0; i < pool->cache.bucket_count; i++) {
+    for (struct record *r = pool->cache.buckets[i]; r != NULL; r = r->hash_next) {
+      if (r->kind != TP_MAP) continue;
+      r->pins++;
+      pool->handles++;
+      layers[(*count)++] = as_layer(r);
+    }
+  }
+  return layers;
+}
+
+void tp_pool_close(tp_pool *pool) {
+  pthread_mutex_lock(&pool->mutex);
+  bool was_closed = pool->closed;
+  pool->closed = true; /* no new layer comes into memory from here on */
+  size_t count;
+  tp_layer **layers = all_layers(pool, &count);
+  pthread_cond_broadcast(&pool->work);
+  pthread_cond_broadcast(&pool->committed);
+  pthread_mutex_unlock(&pool->mutex);
+  if (!was_closed) {
+    for (size_t k = 0; k < count; k++) {
+      pthread_rwlock_wrlock(&layers[k]->lock); /* drains its I/O */
+      pthread_mutex_lock(&pool->mutex);
+      layer_drop_slots(layers[k]);
+      layers[k]->state = LAYER_CLOSED;
+      pthread_mutex_unlock(&pool->mutex);
+      pthread_rwlock_unlock(&layers[k]->lock);
+    }
+    pthread_mutex_lock(&pool->mutex);
+    /* Records deleted but never stored are in no cache. */
+    for (int which = 0; which < 2; which++) {
+      struct record_list *list = which ? &pool->frozen : &pool->dirty;
+      for (size_t k = 0; k < list->count; k++) {
+        struct record *r = list->items[k];
+        bool again = which == 1 && r->dirty; /* it was in the other list too */
+        if (r->dead && r->kind == TP_NODE && !again) node_free(as_node(r));
+        else if (r->dead && r->kind == TP_MAP && !again && r->pins == 0) layer_free(as_layer(r));
+      }
+      list->count = 0;
+    }
+    cache_free_all(pool);
+    space_free(pool);
+    pool->space = (struct space){0};
+    pthread_mutex_unlock(&pool->mutex);
+  }
+  for (size_t k = 0; k < count; k++) tp_layer_put(layers[k]);
+  free(layers);
+}
+
+void pool_unref(tp_pool *pool) {
+  bool last = --pool->handles == 0;
+  pthread_mutex_unlock(&pool->mutex);
+  if (last) destroy(pool);
+}
+
+void tp_pool_put(tp_pool *pool) {
+  if (pool == NULL) return;
+  pthread_mutex_lock(&pool->mutex);
+  pool_unref(pool);
+}
+
+/* --- figures and background work --- */
+
+int tp_pool_get_info(tp_pool *pool, tp_pool_info *out) {
+  pthread_mutex_lock(&pool->mutex);
+  const struct space *space = &pool->space;
+  *out = (tp_pool_info){
+      .capacity_chunks = space->capacity,
+      .allocated_chunks = space->allocated,
+      .dirty_chunks = space->dirty,
+      .pending_chunks = space->pending,
+      .data_bytes = space->pages * PAGE_VALUES << pool->chunk_shift,
+      .reclaim_nodes = pool->reclaim.count,
+      .txn = pool->txn,
+      .durable_txn = pool->durable_txn,
+      .dirty = pool_is_dirty(pool),
+      .failed = pool->failed,
+      .cached_bytes = pool->cache.bytes,
+      .splits = pool->splits,
+      .in_place = pool->in_place,
+      .first_writes = pool->first_writes,
+      .window_waits = pool->window_waits,
+      .fetches = pool->fetches,
+  };
+  pthread_mutex_unlock(&pool->mutex);
+  return TP_OK;
+}
+
+static int work_to_do(const tp_pool *pool) {
+  int work = 0;
+  if (pool->failed) return 0;
+  if (space_window_is_low(pool)) work |= TP_WORK_WINDOW;
+  if (pool->reclaim.count > 0 && !pool_is_overdue(pool)) work |= TP_WORK_RECLAIM;
+  if (pool->space.dirty > pool->space.pending) work |= TP_WORK_PUNCH;
+  if (pool_is_dirty(pool)) work |= TP_WORK_COMMIT;
+  return work;
+}
+
+int tp_wait_work(tp_pool *pool, int timeout_ms) {
+  struct timespec until;
+  clock_gettime(CLOCK_MONOTONIC, &until);
+  until.tv_sec += timeout_ms / 1000;
+  until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+  if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+  pthread_mutex_lock(&pool->mutex);
+  int rc = 0;
+  /* Commits and punches wait for the timer: they get cheaper by the batch. */
+  while (rc == 0 && !pool->closed && !pool->awake &&
+         (work_to_do(pool) & (TP_WORK_WINDOW | TP_WORK_RECLAIM)) == 0 && !pool_is_overdue(pool)) {
+    rc = pthread_cond_timedwait(&pool->work, &pool->mutex, &until);
+  }
+  pool->awake = false;
+  int work = pool->closed ? TP_ECLOSED : work_to_do(pool);
+  pthread_mutex_unlock(&pool->mutex);
+  return work;
+}
+
+void tp_wake(tp_pool *pool) {
+  pthread_mutex_lock(&pool->mutex);
+  pool->awake = true;
+  pthread_cond_broadcast(&pool->work);
+  pthread_mutex_unlock(&pool->mutex);
+}

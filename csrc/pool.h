@@ -1,0 +1,95 @@
+/* pool.h - the pool and the layer in memory, and the locks.
+ *
+ * Locks, in the order they are taken:
+ *   1. layer.lock (rwlock). Shared: I/O that changes no map (reads, overwriting in place), for as long as the I/O
+ *      lasts. Exclusive: everything that changes the layer's map or state. So whoever holds it exclusively knows
+ *      that no I/O on what the map named before is under way any more (I4). Two at once: in the order of addresses.
+ *   2. pool.mutex: counts, space, cache, nodes, transactions. Never held during data I/O or a sync.
+ * Callbacks: fetch is called under both; commit and extend_window under none.
+ */
+#ifndef TP_POOL_H
+#define TP_POOL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "codec.h"
+#include "node.h"
+#include "space.h"
+
+#define SLOT_COUNT 512u
+
+enum layer_state { LAYER_WRITABLE, LAYER_SEALED, LAYER_DELETED, LAYER_CLOSED };
+
+struct slot { /* a leaf of the layer, found without the mutex */
+  uint64_t tag; /* leaf index + 1; 0: empty */
+  struct node *leaf; /* pinned; NULL: the map has no leaf there */
+};
+
+struct tp_layer {
+  struct record rec; /* key: layer id; pins: handles */
+  struct tp_pool *pool;
+  pthread_rwlock_t lock;
+  enum layer_state state;
+  _Atomic uint64_t size; /* bytes; changed under lock */
+  uint64_t root;         /* node id, or 0 */
+  unsigned height;       /* levels below and with the root; 0: no root */
+  uint64_t mapped_refs;
+  uint64_t epoch;        /* unique in the pool; a new one whenever something of the layer may have become shared */
+  uint64_t next_chunk;   /* where to go on allocating */
+  struct slot *slots;    /* SLOT_COUNT, or NULL while unused */
+};
+
+struct tp_pool {
+  pthread_mutex_t mutex;
+  pthread_cond_t committed; /* a commit ended */
+  pthread_cond_t work;      /* for tp_wait_work */
+  tp_options options;
+  tp_disk disk;
+  struct file_disk { int fd; } file_disk;
+  unsigned chunk_shift;     /* log2 of chunk_size */
+  unsigned blocks;          /* per chunk */
+  uint64_t handles;         /* of the pool and its layers: the memory goes with the last one */
+  _Atomic int failed;       /* tp_error of the error mode; 0: none */
+  _Atomic bool closed;
+  bool awake;               /* tp_wake was called */
+
+  struct cache cache;
+  struct space space;
+  uint64_t next_node;       /* id */
+  uint64_t next_epoch;
+  struct { uint64_t *ids; size_t count, capacity; bool changed; } reclaim; /* a stack of nodes with count 1, ours */
+
+  uint64_t txn, durable_txn;  /* the open one; the last durable one */
+  bool committing;            /* somebody leads a commit */
+  bool freezing;              /* frozen records wait for tp_release */
+  bool state_dirty;           /* counters changed without a record */
+  struct record_list dirty, frozen;
+  size_t encoded;             /* how many of frozen tp_encode has done */
+  struct bytes out, handed;   /* records encoded; given to the store */
+  struct bytes fetched;
+
+  _Atomic uint64_t splits, in_place, first_writes, window_waits, fetches;
+};
+
+static inline uint64_t chunk_size(const struct tp_pool *pool) { return (uint64_t)1 << pool->chunk_shift; }
+
+/* A record is the head of its struct. */
+static inline struct page *as_page(struct record *r) { return (struct page *)r; }
+static inline struct node *as_node(struct record *r) { return (struct node *)r; }
+static inline struct tp_layer *as_layer(struct record *r) { return (struct tp_layer *)r; }
+
+void pool_unref(struct tp_pool *pool); /* mutex held on entry, not on return */
+static inline bool pool_is_dirty(const struct tp_pool *pool) { return pool->dirty.count > 0 || pool->state_dirty; }
+/* More is dirty than memory should hold: commit before going on. */
+static inline bool pool_is_overdue(const struct tp_pool *pool) {
+  return pool->dirty.count * sizeof(struct node) > pool->cache.limit / 2;
+}
+
+/* layer.c */
+void layer_free(struct tp_layer *layer);
+void layer_encode(struct tp_pool *pool, struct tp_layer *layer);
+void layer_drop_slots(struct tp_layer *layer); /* mutex held; lock held exclusively, or no handle is left */
+int layer_check(const struct tp_layer *layer, bool writing); /* lock held: TP_OK, or why not */
+
+#endif

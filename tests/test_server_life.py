@@ -1,0 +1,268 @@
+"""The server's start and end: no race, no orphan, and a clean pool after whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import thinpool
+from thinpool.errors import PoolBusy, PoolNotFound, ServerError
+from thinpool.server import connect as connecting
+from thinpool.server.client import RemotePool
+from thinpool.server.connect import connect
+from thinpool.server.daemon import IDLE_SECONDS
+
+IDLE_DEADLINE_SECONDS = 30.0
+
+
+def wait_until(what: Callable[[], bool], seconds: float = IDLE_DEADLINE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
+
+
+def started_server(path: Path) -> tuple[RemotePool, int]:
+    pool = connect(path, server=True)
+    assert isinstance(pool, RemotePool)
+    return pool, pool.server_pid
+
+
+def command(*arguments: str, pool: Path) -> list[str]:
+    return [sys.executable, "-m", "thinpool.cli", "--pool", str(pool), *arguments]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "pool"
+    thinpool.Pool.create(directory).close()
+    yield directory
+    log = directory / "server.log"
+    print(log.read_text() if log.exists() else "no server log")
+
+
+def test_connect_opens_the_pool_here_when_no_server_runs(path: Path) -> None:
+    with thinpool.connect(path) as pool:
+        assert isinstance(pool, thinpool.Pool)
+
+
+def test_connect_finds_the_server(path: Path) -> None:
+    first, pid = started_server(path)
+    first.create_layer("a", "1M")
+    with thinpool.connect(path) as second:
+        assert isinstance(second, RemotePool) and second.server_pid == pid != os.getpid()
+        assert second.layer("a").size == 1 << 20
+    first.close()
+
+
+def test_files_are_for_their_owner_only(path: Path) -> None:
+    pool, _ = started_server(path)
+    assert (path / "server.sock").stat().st_mode & 0o777 == 0o600
+    assert (path / "server.log").stat().st_mode & 0o777 == 0o600
+    pool.close()
+
+
+def test_the_server_stops_by_itself(path: Path) -> None:
+    pool, pid = started_server(path)
+    pool.create_layer("a", "1M")
+    pool.close()
+    wait_until(lambda: not is_running(pid))
+    assert not (path / "server.sock").exists()
+    with thinpool.Pool.open(path) as local:
+        assert [layer.name for layer in local.layers()] == ["a"]
+
+
+def test_an_open_pool_keeps_the_server(path: Path) -> None:
+    pool, pid = started_server(path)
+    # Longer than it would wait: what it does not do cannot be waited for otherwise.
+    time.sleep(4)
+    assert is_running(pid)
+    pool.create_layer("a", "1M")
+    pool.close()
+    wait_until(lambda: not is_running(pid))
+
+
+def test_the_server_is_no_child_of_its_starter(path: Path) -> None:
+    pool, pid = started_server(path)
+    status = Path(f"/proc/{pid}/status").read_text()
+    assert f"PPid:\t{os.getpid()}\n" not in status
+    assert os.getsid(pid) != os.getsid(0)
+    pool.close()
+
+
+def test_sigterm_closes_the_pool(path: Path) -> None:
+    pool, pid = started_server(path)
+    pool.create_layer("a", "1M").pwrite(b"kept", 0)
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: not is_running(pid))
+    with pytest.raises(ServerError):
+        pool.layers()
+    with thinpool.Pool.open(path) as local:
+        assert local.layer("a").pread(4, 0) == b"kept"
+
+
+def test_a_killed_server_leaves_a_pool_that_opens(path: Path) -> None:
+    pool, pid = started_server(path)
+    layer = pool.create_layer("a", "1M")
+    layer.pwrite(b"kept", 0)
+    layer.flush()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not is_running(pid))
+    assert (path / "server.sock").exists()  # stale
+    with thinpool.connect(path) as local:
+        assert isinstance(local, thinpool.Pool)
+        assert local.layer("a").pread(4, 0) == b"kept"
+    again, second_pid = started_server(path)
+    assert second_pid != pid
+    assert again.layer("a").pread(4, 0) == b"kept"
+    again.close()
+
+
+def test_the_server_goes_with_its_pool(path: Path) -> None:
+    pool, pid = started_server(path)
+    shutil.rmtree(path)
+    wait_until(lambda: not is_running(pid))
+    pool.close()
+
+
+def test_the_server_goes_when_nobody_can_reach_it(path: Path) -> None:
+    pool, pid = started_server(path)
+    (path / "server.sock").unlink()
+    wait_until(lambda: not is_running(pid))
+    pool.close()
+    thinpool.Pool.open(path).close()
+
+
+def test_a_long_path_is_no_obstacle(tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * 100) / ("e" * 100)
+    directory.parent.mkdir()
+    thinpool.Pool.create(directory).close()
+    pool, _ = started_server(directory)
+    assert pool.layers() == []
+    pool.close()
+
+
+def test_not_a_pool_is_said_and_left_alone(tmp_path: Path) -> None:
+    for directory in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(PoolNotFound):
+            connect(directory)
+        with pytest.raises(PoolNotFound):
+            connect(directory, server=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_busy_pool_names_its_holder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connecting, "BUSY_SECONDS", 0.3)
+    with thinpool.Pool.open(path):
+        for server in (False, True):
+            with pytest.raises(PoolBusy) as caught:
+                connect(path, server=server)
+            assert caught.value.pid == os.getpid()
+
+
+def test_a_busy_pool_is_waited_for(path: Path) -> None:
+    pool = thinpool.Pool.open(path)
+    threading.Timer(0.5, pool.close).start()
+    connect(path, server=True).close()
+
+
+def test_a_socket_that_does_not_answer_is_no_server(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path / "server.sock"))
+    with connect(path) as pool:
+        assert isinstance(pool, thinpool.Pool)
+
+
+def test_servers_started_at_once_are_one(path: Path) -> None:
+    pools: list[RemotePool] = []
+    threads = [threading.Thread(target=lambda: pools.append(started_server(path)[0])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pools) == 8
+    assert len({pool.server_pid for pool in pools}) == 1
+    for pool in pools:
+        pool.close()
+
+
+@pytest.mark.parametrize("with_server", [False, True])
+def test_twenty_verbs_at_once(path: Path, with_server: bool) -> None:
+    keeper = connect(path, server=True) if with_server else None
+    verbs = [
+        subprocess.Popen(command("create", f"layer-{number}", "1M", pool=path), stderr=subprocess.PIPE, text=True) for number in range(20)
+    ]
+    errors = [verb.communicate(timeout=120)[1] for verb in verbs]
+    assert errors == [""] * 20
+    assert [verb.returncode for verb in verbs] == [0] * 20
+    if keeper is not None:
+        keeper.close()
+    with connect(path) as pool:
+        assert {layer.name for layer in pool.layers()} == {f"layer-{number}" for number in range(20)}
+
+
+def test_connecting_while_the_server_stops(path: Path) -> None:
+    """All let go at once, and come back about when the server gives up waiting: everybody gets a pool that works."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    together = threading.Barrier(6)
+    failures: list[Exception] = []
+
+    def come_and_go(number: int) -> None:
+        rng = random.Random(seed + number)
+        try:
+            for turn in range(4):
+                with connect(path, server=turn == 0 or rng.random() < 0.7) as pool:
+                    pool.create_layer(f"{number}-{turn}", "1M")
+                together.wait(60)
+                time.sleep(rng.uniform(IDLE_SECONDS - 0.2, IDLE_SECONDS + 0.8))
+        except Exception as error:
+            failures.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    with connect(path) as pool:
+        assert len(pool.layers()) == 24
+
+
+def test_a_client_that_goes_ends_its_import(path: Path, tmp_path: Path) -> None:
+    image = tmp_path / "big.img"
+    with image.open("wb") as file:
+        for _ in range(64):
+            file.write(os.urandom(1 << 20))
+    pool, _ = started_server(path)
+
+    class Gone(Exception):
+        pass
+
+    def leave(done: int, total: int) -> None:
+        raise Gone
+
+    with pytest.raises(Gone):
+        pool.import_raw(image, "big", progress=leave)
+    wait_until(lambda: not pool.layers() or pool.layers()[0].sealed)  # given up, or too quick to be
+    pool.close()

@@ -1,0 +1,5 @@
+"""``python -m thinpool.cli`` is ``thinpool``."""
+
+from . import main
+
+main()

@@ -1,0 +1,104 @@
+"""The command line put together: the verbs, the options before them, and the way out for every exception."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import devices, layers, listings, transfer
+from .exits import INTERRUPTED, USAGE, code_of, message_of
+
+app = typer.Typer(
+    name="thinpool",
+    help="Thin-provisioned, copy-on-write layers: snapshots and clones in no time, one copy of what they share.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_VERBS: dict[str, dict[str, Callable[..., None]]] = {
+    "Layers": {
+        "init": layers.init,
+        "create": layers.create,
+        "snapshot": layers.snapshot,
+        "clone": layers.clone,
+        "seal": layers.seal,
+        "reset": layers.reset,
+        "resize": layers.resize,
+        "rename": layers.rename,
+        "rm": layers.rm,
+    },
+    "Files": {"import": transfer.import_file, "export": transfer.export},
+    "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps},
+    "Devices, mounts, containers": {
+        "attach": devices.attach,
+        "detach": devices.detach,
+        "mount": devices.mount,
+        "umount": devices.umount,
+        "run": devices.run,
+        "serve": devices.serve,
+    },
+}
+
+for _panel, _verbs in _VERBS.items():
+    for _name, _verb in _verbs.items():
+        app.command(_name, rich_help_panel=_panel)(_verb)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"thinpool {version('thinpool')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_verb(
+    ctx: typer.Context,
+    pool: Annotated[
+        Path | None, typer.Option("--pool", metavar="DIR", envvar="THINPOOL_POOL", help="The pool's directory.", show_default=False)
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    ctx.obj = pool
+
+
+def report(error: BaseException) -> None:
+    """One line on standard error; the traceback too when THINPOOL_DEBUG asks for it."""
+    if os.environ.get("THINPOOL_DEBUG"):
+        traceback.print_exception(error)
+    print(f"thinpool: {message_of(error)}", file=sys.stderr)
+
+
+def main() -> None:
+    """Runs the command and exits with the code of ``exits``."""
+    try:
+        status = app(prog_name="thinpool", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:  # the reader of a listing has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's, which typer does not export
+            status = _report_usage(error, error.format_message())
+        else:
+            status = code_of(error)
+            report(error)
+    sys.exit(status)
+
+
+def _report_usage(error: Exception, message: str) -> int:
+    ctx = getattr(error, "ctx", None)
+    if message:  # none when typer has shown the help instead
+        print(f"thinpool: {message} (see {ctx.command_path if ctx else 'thinpool'} --help)", file=sys.stderr)
+    return USAGE

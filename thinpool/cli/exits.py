@@ -1,0 +1,73 @@
+"""Exit codes, and how an exception becomes one and a line on standard error.
+
+====  ==========================================================================
+code  meaning
+====  ==========================================================================
+0     done
+1     failed, for a reason without a code of its own
+2     used wrongly: an unknown option, a size or a name that cannot be
+3     not found: the pool, the layer, a file
+4     in the way: exists already, busy, sealed, the wrong kind of layer
+5     no space: the pool's capacity, or the host's disk
+6     damaged: a record, the data file, an unknown format, a failing disk
+7     needs root, or a permission
+125   ``run`` only: the command could not be started (its own status otherwise)
+130   interrupted
+====  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+
+from .. import errors
+
+FAILED, USAGE, NOT_FOUND, IN_THE_WAY, NO_SPACE, DAMAGED, NEEDS_ROOT, NOT_RUN, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 125, 130
+
+# The first that fits counts.
+_CODES: list[tuple[type[BaseException], int]] = [
+    (errors.BadSize, USAGE),
+    (errors.BadName, USAGE),
+    (errors.OutOfRange, USAGE),
+    (errors.PoolNotFound, NOT_FOUND),
+    (errors.LayerNotFound, NOT_FOUND),
+    (errors.LayerDeleted, NOT_FOUND),
+    (errors.PoolExists, IN_THE_WAY),
+    (errors.PoolBusy, IN_THE_WAY),
+    (errors.LayerExists, IN_THE_WAY),
+    (errors.LayerBusy, IN_THE_WAY),
+    (errors.LayerSealed, IN_THE_WAY),
+    (errors.LayerState, IN_THE_WAY),
+    (errors.OutOfSpace, NO_SPACE),
+    (errors.DamagedError, DAMAGED),
+    (errors.FormatError, DAMAGED),
+    (errors.PoolFailed, DAMAGED),
+    (errors.DiskError, DAMAGED),
+    (errors.NeedsRoot, NEEDS_ROOT),
+    (errors.ThinpoolError, FAILED),
+    (FileNotFoundError, NOT_FOUND),
+    (FileExistsError, IN_THE_WAY),
+    (PermissionError, NEEDS_ROOT),
+]
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an exception."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return NO_SPACE
+    return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether its message is all that there is to say; otherwise it is a bug of ours."""
+    return isinstance(error, (errors.ThinpoolError, OSError))
+
+
+def message_of(error: BaseException) -> str:
+    """One line for people."""
+    if isinstance(error, OSError) and not isinstance(error, errors.ThinpoolError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    if is_expected(error):
+        return text
+    return f"internal error: {type(error).__name__}: {text} (set THINPOOL_DEBUG=1 for the traceback)"

@@ -1,0 +1,101 @@
+"""Verbs that make and change layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+from .options import opened, parse_labels, pool_path
+
+NewSize = Annotated[str, typer.Argument(metavar="SIZE", help="Like 4K, 10G or 1.5T.", show_default=False)]
+
+
+def init(
+    ctx: typer.Context,
+    chunk_size: Annotated[str, typer.Option(help="The unit of allocation: a power of two, 4K to 4M.")] = "64K",
+    capacity: Annotated[str, typer.Option(help="The most the pool may take; 0: no limit.")] = "0",
+    pool: options.Pool = None,
+) -> None:
+    """Make an empty pool in a directory."""
+    from ..pool import Pool
+
+    path: Path = pool_path(ctx, pool)
+    Pool.create(path, chunk_size=chunk_size, capacity=capacity).close()
+
+
+def create(
+    ctx: typer.Context, name: options.Name, size: NewSize, label: options.Labels = None, pool: options.Pool = None
+) -> None:
+    """Make an empty writable layer."""
+    with opened(ctx, pool) as p:
+        p.create_layer(name, size, labels=parse_labels(label))
+
+
+def snapshot(
+    ctx: typer.Context, layer: options.Layer, name: options.Name, label: options.Labels = None, pool: options.Pool = None
+) -> None:
+    """Keep a layer's present content as a sealed layer."""
+    with opened(ctx, pool) as p:
+        p.layer(layer).snapshot(name, labels=parse_labels(label))
+
+
+def clone(
+    ctx: typer.Context,
+    layer: options.Layer,
+    name: options.Name,
+    size: Annotated[str | None, typer.Option(help="A larger size. Default: the layer's.", show_default=False)] = None,
+    label: options.Labels = None,
+    pool: options.Pool = None,
+) -> None:
+    """Make a writable layer that begins as a copy of another."""
+    with opened(ctx, pool) as p:
+        p.layer(layer).clone(name, size, labels=parse_labels(label))
+
+
+def seal(ctx: typer.Context, layer: options.Layer, pool: options.Pool = None) -> None:
+    """Make a writable layer never change again."""
+    with opened(ctx, pool) as p:
+        p.layer(layer).seal()
+
+
+def reset(
+    ctx: typer.Context,
+    layer: options.Layer,
+    to: Annotated[str | None, typer.Option(metavar="LAYER", help="Whose content. Default: the parent's.", show_default=False)] = None,
+    pool: options.Pool = None,
+) -> None:
+    """Put a writable layer back to its parent's content, or to a snapshot's."""
+    with opened(ctx, pool) as p:
+        p.layer(layer).reset(to)
+
+
+def resize(
+    ctx: typer.Context,
+    layer: options.Layer,
+    size: NewSize,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Allow a smaller size: what lies beyond it is lost.")] = False,
+    pool: options.Pool = None,
+) -> None:
+    """Change a writable layer's size (not that of a file system on it)."""
+    with opened(ctx, pool) as p:
+        p.layer(layer).resize(size, allow_shrink=shrink)
+
+
+def rename(ctx: typer.Context, layer: options.Layer, name: options.Name, pool: options.Pool = None) -> None:
+    """Give a layer another name."""
+    with opened(ctx, pool) as p:
+        p.layer(layer).rename(name)
+
+
+def rm(
+    ctx: typer.Context,
+    layers: Annotated[list[str], typer.Argument(metavar="LAYER...", help="Layers' names.", show_default=False)],
+    pool: options.Pool = None,
+) -> None:
+    """Delete layers; what was cloned from them stays whole."""
+    with opened(ctx, pool) as p:
+        for layer in layers:
+            p.layer(layer).delete()

@@ -1,0 +1,64 @@
+"""What verbs have in common: which pool, how it is opened, and the options that several of them take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..api import Attachment, LayerAPI, PoolAPI
+from ..errors import LayerNotFound
+
+Pool = Annotated[
+    Path | None,
+    typer.Option("--pool", metavar="DIR", help="The pool's directory. Default: $THINPOOL_POOL.", show_default=False),
+]
+Layer = Annotated[str, typer.Argument(metavar="LAYER", help="A layer's name.", show_default=False)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The new name.", show_default=False)]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; may be given again.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, sizes in bytes.")]
+
+
+def pool_path(ctx: typer.Context, given: Path | None) -> Path:
+    """The pool meant: the verb's option, the command's, or the environment's."""
+    path: Path | None = given or ctx.obj
+    if path is None:
+        raise typer.BadParameter("which pool? Say --pool DIR, or set THINPOOL_POOL")
+    return path
+
+
+@contextmanager
+def opened(ctx: typer.Context, given: Path | None, *, server: bool = False) -> Iterator[PoolAPI]:
+    """The pool, open; what the verb did is durable when it returns. ``server``: for verbs that outlive this process."""
+    from ..server.connect import connect
+
+    with closing(connect(pool_path(ctx, given), server=server)) as pool:
+        yield pool
+        pool.commit()
+
+
+def parse_labels(given: list[str] | None) -> dict[str, str] | None:
+    """``KEY=VALUE`` options as a dictionary."""
+    if not given:
+        return None
+    pairs = [label.partition("=") for label in given]
+    if bad := next((pair[0] for pair in pairs if not pair[0] or not pair[1]), None):
+        raise typer.BadParameter(f"a label is KEY=VALUE, not {bad!r}", param_hint="--label")
+    return {key: value for key, _, value in pairs}
+
+
+def attached(pool: PoolAPI, given: str) -> tuple[LayerAPI, Attachment | None]:
+    """The layer that a name, a device or a mountpoint stands for, and its attachment. Raises LayerNotFound."""
+    absolute = str(Path(given).absolute())
+    for attachment in pool.attachments():
+        if given == attachment.layer or absolute in (attachment.device, attachment.mountpoint):
+            return pool.layer(attachment.layer), attachment
+    try:
+        return pool.layer(given), None
+    except LayerNotFound:
+        raise LayerNotFound(f"nothing here is named, attached at or mounted on {given!r}") from None

@@ -1,0 +1,66 @@
+"""Printing: tables for people, JSON for programs, progress bars for those who wait."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..api import Extent, Progress
+from ..units import format_size
+
+
+def print_json(value: Any) -> None:
+    """One JSON value, indented."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table; columns whose heading begins with ``>`` are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    # Wider than any terminal: a folded name is worse than a folded line.
+    Console(highlight=False, width=10_000).print(table)
+
+
+def print_extents(extents: Iterable[Extent], *, as_json: bool) -> None:
+    """Extents one by one as they come, so that a long list costs no memory."""
+    if as_json:
+        before = "["
+        for extent in extents:
+            line = {"offset": extent.offset, "length": extent.length, "kind": extent.kind}
+            print(f"{before}\n  {json.dumps(line)}", end="")
+            before = ","
+        print("[]" if before == "[" else "\n]")
+        return
+    print(f"{'OFFSET':>16}  {'LENGTH':>16}  KIND")
+    totals = {"data": 0, "hole": 0}
+    for extent in extents:
+        print(f"{extent.offset:>16}  {extent.length:>16}  {extent.kind}")
+        totals[extent.kind] += extent.length
+    print(f"data {format_size(totals['data'])}, holes {format_size(totals['hole'])}")
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Progress | None]:
+    """A progress bar on standard error when that is a terminal; gives the function to call with (done, total)."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)

@@ -1,0 +1,325 @@
+"""A pool and its layers through the pool's server: the library's interface over HTTP on a Unix socket.
+
+A :class:`RemoteLayer` is known by its id, as a local one is, so it stays the same layer through a rename. Nothing is
+kept here: every property asks the server, and says what is true now.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ..api import Attachment, Buffer, Extent, LayerAPI, PoolUsage, Progress, Size, Usage
+from ..errors import ServerError
+from .transport import Transport
+from .wire import LayerRecord, decode_extents
+
+IO_BYTES = 16 << 20  # the most that one request reads or writes
+
+
+class RemotePool:
+    """The pool in ``path``, through its server; a context manager. Raises :class:`ServerError` where none answers."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._transport = Transport(self._path)
+        try:
+            greeting = self._transport.json("GET", "/pool")
+        except BaseException:
+            self._transport.close()
+            raise
+        self._chunk_size: int = greeting["chunk_size"]
+        self._server_pid: int = greeting["pid"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<RemotePool {str(self._path)!r} of server {self._server_pid}>"
+
+    @property
+    def path(self) -> Path:
+        """The pool's directory."""
+        return self._path
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes of a chunk."""
+        return self._chunk_size
+
+    @property
+    def server_pid(self) -> int:
+        """The process id of the pool's server."""
+        return self._server_pid
+
+    def create_layer(self, name: str, size: Size, *, labels: Mapping[str, str] | None = None) -> RemoteLayer:
+        """Makes an empty writable layer. Raises LayerExists, BadName, BadSize."""
+        return self._layer(self._transport.json("POST", "/layers", {"name": name, "size": size, "labels": _plain(labels)}))
+
+    def layer(self, name: str) -> RemoteLayer:
+        """The layer of that name. Raises LayerNotFound."""
+        return self._layer(self._transport.json("GET", "/layer", name=name))
+
+    def layers(self) -> list[RemoteLayer]:
+        """All layers."""
+        return [RemoteLayer(self._transport, record.id) for record in self.records()]
+
+    def records(self, *, with_usage: bool = False) -> list[LayerRecord]:
+        """What there is to say about each layer, in one request."""
+        answer = self._transport.json("GET", "/layers", with_usage=int(with_usage))
+        return [LayerRecord.from_json(data) for data in answer]
+
+    def diff(self, from_layer: str | LayerAPI, to_layer: str | LayerAPI) -> Iterator[Extent]:
+        """The ranges in which two layers may differ, in order. Raises LayerNotFound."""
+        ends = {"from_layer": _name_or_id(from_layer), "to_layer": _name_or_id(to_layer)}
+        return _extents(self._transport.lines("POST", "/diff", ends))
+
+    def usage(self) -> PoolUsage:
+        """What the pool takes."""
+        return PoolUsage(**self._transport.json("GET", "/pool/usage"))
+
+    def set_capacity(self, capacity: Size) -> None:
+        """Sets the most that chunks may take; 0 for no limit. Raises BadSize."""
+        self._transport.json("POST", "/pool/capacity", {"capacity": capacity})
+
+    def import_raw(
+        self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None
+    ) -> RemoteLayer:
+        """Takes in a raw image file or block device as a sealed layer. Raises LayerExists, ImportFailed."""
+        body = {"path": os.path.abspath(path), "name": name, "labels": _plain(labels)}
+        return self._layer(_work(self._transport.lines("POST", "/import/raw", body), progress))
+
+    def import_rootfs(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        size: Size = "10G",
+        filesystem: str = "ext4",
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> RemoteLayer:
+        """Takes in a root file system tarball as a sealed layer with a file system. Raises LayerExists, ImportFailed."""
+        body = {"path": os.path.abspath(path), "name": name, "size": size, "filesystem": filesystem, "labels": _plain(labels)}
+        return self._layer(_work(self._transport.lines("POST", "/import/rootfs", body), progress))
+
+    def attachments(self) -> list[Attachment]:
+        """The layers in use."""
+        return [Attachment(**data) for data in self._transport.json("GET", "/attachments")]
+
+    def commit(self) -> None:
+        """Makes all that was done so far survive a power cut."""
+        self._transport.json("POST", "/pool/commit")
+
+    def close(self) -> None:
+        """Lets the server go; it stays as long as somebody needs it. Later calls raise PoolClosed."""
+        self._transport.close()
+
+    def _layer(self, record: dict[str, Any]) -> RemoteLayer:
+        return RemoteLayer(self._transport, record["id"])
+
+
+class RemoteLayer:
+    """A layer of a pool that a server has open."""
+
+    def __init__(self, transport: Transport, layer_id: int) -> None:
+        self._transport = transport
+        self._id = layer_id
+        self._route = f"/layers/{layer_id}"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RemoteLayer):
+            return NotImplemented
+        return self._id == other._id and self._transport is other._transport
+
+    def __hash__(self) -> int:
+        return hash((self._id, id(self._transport)))
+
+    def __repr__(self) -> str:
+        return f"<RemoteLayer {self._id}>"
+
+    @property
+    def id(self) -> int:
+        """The number that no other layer of the pool ever has."""
+        return self._id
+
+    @property
+    def name(self) -> str:
+        """The name now."""
+        return self._record().name
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._record().size
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it never changes again."""
+        return self._record().sealed
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The labels now, as a copy."""
+        return self._record().labels
+
+    @property
+    def created(self) -> float:
+        """When it was made, in seconds since 1970."""
+        return self._record().created
+
+    @property
+    def parent(self) -> RemoteLayer | None:
+        """What it branched from."""
+        parent_id = self._record().parent_id
+        return None if parent_id is None else RemoteLayer(self._transport, parent_id)
+
+    @property
+    def children(self) -> list[LayerAPI]:
+        """What branched from it."""
+        return [RemoteLayer(self._transport, layer_id) for layer_id in self._ask("GET", "children")]
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Exactly ``length`` bytes from ``offset`` on. Raises OutOfRange."""
+        if length <= IO_BYTES:
+            return self._transport.data("GET", f"{self._route}/data", offset=offset, length=length)
+        buffer = bytearray(length)
+        self.pread_into(buffer, offset)
+        return bytes(buffer)
+
+    def pread_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """Fills ``buffer`` from ``offset`` on. Raises OutOfRange."""
+        view = memoryview(buffer).cast("B")
+        for start, end in _pieces(len(view)):
+            view[start:end] = self._transport.data("GET", f"{self._route}/data", offset=offset + start, length=end - start)
+        return len(view)
+
+    def pwrite(self, data: Buffer, offset: int) -> int:
+        """Writes all of ``data`` at ``offset``. Raises OutOfRange, LayerSealed, OutOfSpace."""
+        view = memoryview(data).cast("B")
+        # From the last piece to the first: one past the end is refused before anything is written.
+        for start, end in reversed(_pieces(len(view))):
+            self._transport.data("PUT", f"{self._route}/data", bytes(view[start:end]), offset=offset + start)
+        return len(view)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Makes a range read as zeros. Raises OutOfRange, LayerSealed."""
+        self._ask("POST", "write_zeroes", {"offset": offset, "length": length})
+
+    def discard(self, offset: int, length: int) -> None:
+        """Makes a range read as zeros and gives its whole blocks back. Raises OutOfRange, LayerSealed."""
+        self._ask("POST", "discard", {"offset": offset, "length": length})
+
+    def flush(self) -> None:
+        """Returns when all that was written before is durable."""
+        self._ask("POST", "flush")
+
+    def snapshot(self, name: str, *, labels: Mapping[str, str] | None = None) -> RemoteLayer:
+        """A sealed layer of the present content. Raises LayerExists, BadName."""
+        return self._layer(self._ask("POST", "snapshot", {"name": name, "labels": _plain(labels)}))
+
+    def clone(self, name: str, size: Size | None = None, *, labels: Mapping[str, str] | None = None) -> RemoteLayer:
+        """A writable layer of the present content. Raises LayerExists, BadName, BadSize."""
+        return self._layer(self._ask("POST", "clone", {"name": name, "size": size, "labels": _plain(labels)}))
+
+    def seal(self) -> None:
+        """Makes it never change again."""
+        self._ask("POST", "seal")
+
+    def resize(self, size: Size, *, allow_shrink: bool = False) -> None:
+        """Grows it, or with ``allow_shrink`` cuts it. Raises BadSize, LayerSealed."""
+        self._ask("POST", "resize", {"size": size, "allow_shrink": allow_shrink})
+
+    def rename(self, name: str) -> None:
+        """Gives it another name. Raises LayerExists, BadName."""
+        self._ask("POST", "rename", {"name": name})
+
+    def set_labels(self, labels: Mapping[str, str]) -> None:
+        """Replaces its labels."""
+        self._ask("POST", "labels", {"labels": _plain(labels)})
+
+    def reset(self, to: str | None = None) -> None:
+        """Takes the content of the layer ``to``, or its parent's. Raises LayerSealed, LayerBusy, LayerState."""
+        self._ask("POST", "reset", {"to": to})
+
+    def delete(self) -> None:
+        """Deletes it; its children stay whole. Raises LayerBusy."""
+        self._transport.json("DELETE", self._route)
+
+    def extents(self) -> Iterator[Extent]:
+        """Data and holes from its start to its end, without gaps."""
+        return _extents(self._transport.lines("GET", f"{self._route}/extents"))
+
+    def usage(self) -> Usage:
+        """What it takes, in bytes."""
+        return Usage(**self._ask("GET", "usage"))
+
+    def open(self, mode: str = "rb") -> io.RawIOBase:
+        """A seekable binary file over the layer (``rb`` or ``r+b``)."""
+        from ..layer import LayerFile
+
+        return LayerFile(self, mode)
+
+    def export_raw(self, path: str | Path, *, progress: Progress | None = None) -> None:
+        """Writes it as a sparse raw image. The server's user must be able to write there."""
+        _work(self._transport.lines("POST", f"{self._route}/export/raw", {"path": os.path.abspath(path)}), progress)
+
+    def attach(self, *, sector_size: int = 512, owner: int = 0) -> Attachment:
+        """Makes it a block device. Raises NeedsRoot, LayerBusy."""
+        return Attachment(**self._ask("POST", "attach", {"sector_size": sector_size, "owner": owner}))
+
+    def mount(self, directory: str | Path, *, read_only: bool | None = None, owner: int = 0) -> Attachment:
+        """Mounts its file system. Raises NeedsRoot, LayerBusy, ToolFailed."""
+        body = {"directory": os.path.abspath(directory), "read_only": read_only, "owner": owner}
+        return Attachment(**self._ask("POST", "mount", body))
+
+    def detach(self) -> None:
+        """Takes its block device away."""
+        self._ask("POST", "detach")
+
+    def unmount(self) -> None:
+        """Unmounts its file system."""
+        self._ask("POST", "unmount")
+
+    def _ask(self, method: str, what: str, body: Any = None) -> Any:
+        return self._transport.json(method, f"{self._route}/{what}", body)
+
+    def _record(self) -> LayerRecord:
+        return LayerRecord.from_json(self._transport.json("GET", self._route))
+
+    def _layer(self, record: dict[str, Any]) -> RemoteLayer:
+        return RemoteLayer(self._transport, record["id"])
+
+
+def _plain(labels: Mapping[str, str] | None) -> dict[str, str] | None:
+    return None if labels is None else dict(labels)
+
+
+def _name_or_id(layer: str | LayerAPI) -> str | int:
+    return layer if isinstance(layer, str) else layer.id
+
+
+def _pieces(length: int) -> list[tuple[int, int]]:
+    """Ranges of at most IO_BYTES; one empty range for length 0, so that its offset is checked all the same."""
+    return [(start, min(start + IO_BYTES, length)) for start in range(0, length or 1, IO_BYTES)]
+
+
+def _extents(lines: Iterator[dict[str, Any]]) -> Iterator[Extent]:
+    for line in lines:
+        yield from decode_extents(line.get("items", []))
+
+
+def _work(lines: Iterator[dict[str, Any]], progress: Progress | None) -> Any:
+    """Follows long work to its end, and gives its result."""
+    for line in lines:
+        if "result" in line:
+            return line["result"]
+        if progress is not None:
+            progress(*line["progress"])
+    raise ServerError("the pool's server ended its answer without a result")

@@ -1,0 +1,126 @@
+"""The server's life: ``python -m thinpool.server POOL READY_FD`` is started by ``connect``, in a session of its own.
+
+::
+
+    start -> lock the pool -> bind the socket -> serve -> gate closed -> socket gone -> uses taken down, pool closed -> end
+
+The pool's lock decides who may start; only its holder touches the socket's name, so a socket left by a killed server is
+simply replaced. READY_FD is a pipe to the starter: it gets one JSON line, ``{"ready": pid}`` once the socket accepts, or
+``{"error": …}``. The server ends by itself when no connection, no request and no attachment has been there for
+IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT. Before it ends by itself it
+closes the gate, and looks at the attachments only then: a request is either answered or turned away, never lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import IO
+
+import uvicorn
+
+from ..api import PoolAPI
+from .app import create_app
+from .state import Gate
+from .transport import socket_path
+from .wire import SOCKET_NAME, tell
+
+IDLE_SECONDS = 2.0
+_GRACE_SECONDS = 10  # what a request may still take after SIGTERM
+_CHECK_TICKS = 5  # uvicorn ticks ten times a second
+_FOREVER_SECONDS = 1 << 31
+
+_log = logging.getLogger("thinpool.server")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn on the pool's socket, with this server's reasons to end."""
+
+    def __init__(self, pool: PoolAPI, *, stays: bool) -> None:
+        self._gate = Gate()
+        # Connections are never closed for being quiet: an open one is how a client says that it is there.
+        super().__init__(
+            uvicorn.Config(
+                create_app(pool, self._gate),
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=_FOREVER_SECONDS,
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+            )
+        )
+        self._pool = pool
+        self._stays = stays
+        self._socket_path = pool.path / SOCKET_NAME
+        self._socket, self._socket_id = _bind(pool.path)
+        self._on_ready: IO[str] | None = None
+
+    def run_until_done(self, on_ready: IO[str] | None) -> None:
+        """Serves; tells ``on_ready`` when the socket accepts."""
+        self._on_ready = on_ready
+        # uvicorn raises the signal that ended it once more, for the handler from before; by then we want to clean up.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        self.run(sockets=[self._socket])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        _log.info("serving %s", self._pool.path)
+        if self._on_ready is not None:
+            tell(self._on_ready, {"ready": os.getpid()})
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or (counter % _CHECK_TICKS == 0 and self._is_done())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gate.closed = True
+        self._gate.stopping.set()
+        if self._reachable():
+            self._socket_path.unlink()
+        await super().shutdown(sockets)
+
+    def _is_done(self) -> bool:
+        if not self._reachable():
+            _log.warning("the socket of %s is gone: nobody can reach this server", self._pool.path)
+            return True
+        if self._stays or self.server_state.connections or self._gate.idle_seconds() < IDLE_SECONDS:
+            return False
+        self._gate.closed = True
+        try:
+            self._gate.closed = not self._pool.attachments()
+        except Exception:
+            _log.exception("the attachments cannot be read")
+        return self._gate.closed
+
+    def _reachable(self) -> bool:
+        try:
+            found = self._socket_path.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._socket_id
+
+
+def _bind(directory: Path) -> tuple[socket.socket, tuple[int, int]]:
+    """A socket bound to the pool's name for it, mode 0600. The caller holds the pool's lock."""
+    path = directory / SOCKET_NAME
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(socket_path(directory_fd))
+    finally:
+        os.umask(mask)
+        os.close(directory_fd)
+    found = path.stat()
+    return sock, (found.st_dev, found.st_ino)
+
+
+def serve(pool: PoolAPI, *, stays: bool, on_ready: IO[str] | None = None) -> None:
+    """Serves an open pool until nobody needs it; ``stays``: until a signal. The caller closes the pool afterwards."""
+    _Server(pool, stays=stays).run_until_done(on_ready)
+    _log.info("stopping")

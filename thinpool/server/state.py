@@ -1,0 +1,113 @@
+"""What the server keeps between requests: the pool, the layers its clients hold, and whether anybody needs it.
+
+Routes get at it by the annotated types at the end, which FastAPI fills.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, Request
+
+from ..api import LayerAPI, PoolAPI
+from ..errors import LayerDeleted
+from .wire import Json, record_of
+
+
+class Gate:
+    """Counts the requests that run, and closes when the server is about to stop. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.stopping = threading.Event()  # long work looks at it, and gives up
+        self._running = 0
+        self._last_seen = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Counts as a request for as long as it is entered."""
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._last_seen = time.monotonic()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs work that may outlive its request."""
+        task = asyncio.get_running_loop().create_task(self._counted(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _counted(self, work: Coroutine[Any, Any, None]) -> None:
+        with self.at_work():
+            await work
+
+    def idle_seconds(self) -> float:
+        """How long nothing has run."""
+        return 0.0 if self._running else time.monotonic() - self._last_seen
+
+
+class LayerTable:
+    """The layers that clients hold, by id, so that a handle outlives a rename."""
+
+    def __init__(self, pool: PoolAPI) -> None:
+        self._pool = pool
+        self._layers: dict[int, LayerAPI] = {}
+
+    def describe(self, layer: LayerAPI) -> Json:
+        """Remembers the layer, and gives its record as JSON."""
+        self._layers[layer.id] = layer
+        return record_of(layer).to_json()
+
+    def get(self, layer_id: int) -> LayerAPI:
+        """The layer of that id. Raises LayerDeleted."""
+        layer = self._layers.get(layer_id)
+        if layer is None:
+            layer = next((one for one in self._pool.layers() if one.id == layer_id), None)
+            if layer is None:
+                raise LayerDeleted(f"layer {layer_id} was deleted")
+            self._layers[layer_id] = layer
+        return layer
+
+    def forget(self, layer_id: int) -> None:
+        """Lets go of a deleted layer."""
+        self._layers.pop(layer_id, None)
+
+
+async def _gate(request: Request) -> Any:
+    return request.app.state.gate
+
+
+async def _pool(request: Request) -> Any:
+    return request.app.state.pool
+
+
+async def _table(request: Request) -> Any:
+    return request.app.state.layers
+
+
+def _layer(request: Request, layer_id: int) -> Any:
+    return request.app.state.layers.get(layer_id)
+
+
+GateOf = Annotated[Gate, Depends(_gate)]
+PoolOf = Annotated[PoolAPI, Depends(_pool)]
+LayersOf = Annotated[LayerTable, Depends(_table)]
+LayerOf = Annotated[LayerAPI, Depends(_layer)]
+
+_field = Body(embed=True)
+Name = Annotated[str, _field]
+Number = Annotated[int, _field]
+SizeField = Annotated[int | float | str, _field]
+Labels = Annotated[dict[str, str] | None, _field]
+NameOrId = Annotated[int | str, _field]
+Flag = Annotated[bool | None, _field]
+OptionalSize = Annotated[int | float | str | None, _field]
+OptionalName = Annotated[str | None, _field]

@@ -1,0 +1,157 @@
+"""HTTP over the pool's Unix socket, by the standard library: quick to import, and no dependency for clients.
+
+The socket is named through a descriptor of the pool's directory, as a socket's path may have 107 bytes at most and a
+pool's may have more. Connections are kept open and used again; as long as one is open, the server does not stop by itself.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from ..errors import PoolClosed, ServerError
+from .wire import API, SOCKET_NAME, decode_error
+
+STOPPING = 503  # the status of a server that is about to stop and takes no more requests
+
+
+class ServerStopping(ServerError):
+    """The server is about to stop: open the pool again."""
+
+
+def socket_path(directory_fd: int) -> str:
+    """A short path of the pool's socket, good as long as the descriptor is open."""
+    return f"/proc/self/fd/{directory_fd}/{SOCKET_NAME}"
+
+
+class _Connection(http.client.HTTPConnection):
+    """One connection to the server of the pool in ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__("localhost")
+        self._directory = directory
+
+    def connect(self) -> None:
+        directory_fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(socket_path(directory_fd))
+        except OSError:
+            sock.close()
+            raise
+        finally:
+            os.close(directory_fd)
+        self.sock = sock
+
+
+class Transport:
+    """Requests to the server of the pool in ``directory``, from any number of threads."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._idle: list[_Connection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Closes the connections; what still runs in other threads ends with its answer."""
+        with self._lock:
+            self._closed = True
+            connections, self._idle = self._idle, []
+        for connection in connections:
+            connection.close()
+
+    def data(self, method: str, route: str, body: bytes | None = None, **query: Any) -> bytes:
+        """The answer's bytes to a request whose body is bytes."""
+        return self._ask(method, route, body, "application/octet-stream", query)
+
+    def json(self, method: str, route: str, body: Any = None, **query: Any) -> Any:
+        """The answer's JSON value to a request with a JSON body (``None``: no body)."""
+        encoded = None if body is None else json.dumps(body).encode()
+        return json.loads(self._ask(method, route, encoded, "application/json", query))
+
+    def lines(self, method: str, route: str, body: Any = None, **query: Any) -> Iterator[dict[str, Any]]:
+        """The answer's JSON lines up to its ``result``; raises its ``error``.
+
+        The request is sent at the first item. An iterator that is dropped before its end closes its connection, by
+        which the server knows to end the work.
+        """
+        encoded = None if body is None else json.dumps(body).encode()
+        connection, response = self._send(method, route, encoded, "application/json", query)
+        ended = False
+        try:
+            while not ended:
+                text = response.readline()
+                if not text:
+                    raise http.client.IncompleteRead(b"")
+                line = json.loads(text)
+                ended = "result" in line or "error" in line
+                if ended:
+                    response.read()
+                if "error" in line:
+                    raise decode_error(line["error"])
+                yield line
+        except (ConnectionError, http.client.HTTPException) as error:
+            if ended:
+                raise
+            raise self._gone(error) from None
+        finally:
+            if ended:
+                self._put_back(connection)
+            else:
+                response.close()
+                connection.close()
+
+    def _ask(self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]) -> bytes:
+        connection, response = self._send(method, route, body, content_type, query)
+        try:
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise self._gone(error) from None
+        self._put_back(connection)
+        return answer
+
+    def _send(
+        self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]
+    ) -> tuple[_Connection, http.client.HTTPResponse]:
+        connection = self._take()
+        url = f"{API}{route}?{urlencode(query)}" if query else API + route
+        try:
+            connection.request(method, url, body=body, headers={"Content-Type": content_type})
+            response = connection.getresponse()
+            if response.status == 200:
+                return connection, response
+            answer = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise self._gone(error) from None
+        self._put_back(connection)
+        if response.status == STOPPING:
+            raise ServerStopping("the pool's server is stopping: try again")
+        if response.headers.get("Content-Type") != "application/json" or b'"error"' not in answer:
+            raise ServerError(f"the pool's server answered {response.status} to {method} {route}: is it another version?")
+        raise decode_error(json.loads(answer)["error"])
+
+    def _take(self) -> _Connection:
+        with self._lock:
+            if self._closed:
+                raise PoolClosed(f"the pool {self._directory} was closed")
+            return self._idle.pop() if self._idle else _Connection(self._directory)
+
+    def _put_back(self, connection: _Connection) -> None:
+        with self._lock:
+            if not self._closed:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _gone(self, error: Exception) -> ServerError:
+        return ServerError(f"the server of the pool {self._directory} cannot be reached or went away ({error}): connect again")

@@ -1,0 +1,118 @@
+"""What the server and its client say to each other, as JSON: errors, layers, extents, attachments.
+
+An answer is one JSON value, or a stream of JSON lines, each an object with one key: ``items`` (a batch of a listing),
+``progress`` (``[done, total]`` of long work), and last either ``result`` or ``error``. A stream that ends without one of
+the two was cut off.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+from .. import errors
+from ..api import Extent, LayerAPI, PoolAPI, Usage
+
+SOCKET_NAME = "server.sock"
+LOG_NAME = "server.log"
+API = "/v1"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """A layer at one moment; ``usage`` only when it was asked for. Sizes in bytes, ``created`` in seconds since 1970."""
+
+    id: int
+    name: str
+    size: int
+    sealed: bool
+    created: float
+    labels: Mapping[str, str]
+    parent_id: int | None
+    parent: str | None
+    usage: Usage | None = None
+
+    def to_json(self) -> Json:
+        """The record as JSON takes it."""
+        return {**asdict(self), "labels": dict(self.labels)}
+
+    @classmethod
+    def from_json(cls, data: Json) -> LayerRecord:
+        """The record that :meth:`to_json` wrote."""
+        usage = data.pop("usage")
+        return cls(**data, usage=None if usage is None else Usage(**usage))
+
+
+def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
+    """What there is to say about a layer now."""
+    parent = layer.parent
+    return LayerRecord(
+        id=layer.id,
+        name=layer.name,
+        size=layer.size,
+        sealed=layer.sealed,
+        created=layer.created,
+        labels=dict(layer.labels),
+        parent_id=None if parent is None else parent.id,
+        parent=None if parent is None else parent.name,
+        usage=layer.usage() if with_usage else None,
+    )
+
+
+def records_of(pool: PoolAPI, *, with_usage: bool = False) -> list[LayerRecord]:
+    """A record for each layer of the pool; one that is deleted meanwhile is left out."""
+    records = []
+    for layer in pool.layers():
+        try:
+            records.append(record_of(layer, with_usage=with_usage))
+        except errors.LayerDeleted:
+            continue
+    return records
+
+
+def encode_extents(extents: list[Extent]) -> list[list[Any]]:
+    """Extents as short JSON arrays."""
+    return [[extent.offset, extent.length, extent.kind] for extent in extents]
+
+
+def decode_extents(items: list[list[Any]]) -> list[Extent]:
+    """What :func:`encode_extents` wrote."""
+    return [Extent(*item) for item in items]
+
+
+def encode_error(error: BaseException) -> Json:
+    """An exception as JSON: its class, its message and what else it carries."""
+    if isinstance(error, errors.ThinpoolError):
+        fields = {name: value for name, value in vars(error).items() if name not in ("message", "__notes__")}
+        return {"type": type(error).__name__, "message": error.message, "fields": fields}
+    if isinstance(error, OSError) and error.errno is not None:
+        return {"type": "OSError", "message": error.strerror, "fields": {"errno": error.errno, "filename": error.filename}}
+    return {"type": type(error).__name__, "message": str(error), "fields": {}}
+
+
+def decode_error(data: Json) -> Exception:
+    """The exception that :func:`encode_error` wrote; a :class:`~thinpool.errors.ServerError` for one unknown here."""
+    name, message, fields = data["type"], data["message"], data["fields"]
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.ThinpoolError):
+        return kind(message, **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    if name == "OSError" and fields:
+        return OSError(fields["errno"], message, fields["filename"])
+    if name in ("ValueError", "TypeError", "KeyError", "NotImplementedError"):
+        error: Exception = getattr(builtins, name)(message)
+        return error
+    return errors.ServerError(f"the pool's server failed: {name}: {message} (its {LOG_NAME} says more)")
+
+
+def tell(on_ready: IO[str], news: Json) -> None:
+    """Tells the starter how the start went, once."""
+    try:
+        with on_ready:
+            json.dump(news, on_ready)
+    except BrokenPipeError:  # the starter has gone; others can still use the server
+        pass

@@ -8,13 +8,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commandline import Command, wait_until
 
 import thinpool
 from thinpool.errors import PoolBusy, PoolNotFound, ServerError
@@ -22,15 +22,6 @@ from thinpool.server import connect as connecting
 from thinpool.server.client import RemotePool
 from thinpool.server.connect import connect
 from thinpool.server.daemon import IDLE_SECONDS
-
-IDLE_DEADLINE_SECONDS = 30.0
-
-
-def wait_until(what: Callable[[], bool], seconds: float = IDLE_DEADLINE_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:
@@ -45,10 +36,6 @@ def started_server(path: Path) -> tuple[RemotePool, int]:
     pool = connect(path, server=True)
     assert isinstance(pool, RemotePool)
     return pool, pool.server_pid
-
-
-def command(*arguments: str, pool: Path) -> list[str]:
-    return [sys.executable, "-m", "thinpool.cli", "--pool", str(pool), *arguments]
 
 
 @pytest.fixture
@@ -208,8 +195,10 @@ def test_servers_started_at_once_are_one(path: Path) -> None:
 @pytest.mark.parametrize("with_server", [False, True])
 def test_twenty_verbs_at_once(path: Path, with_server: bool) -> None:
     keeper = connect(path, server=True) if with_server else None
+    command = Command(path.parent)
     verbs = [
-        subprocess.Popen(command("create", f"layer-{number}", "1M", pool=path), stderr=subprocess.PIPE, text=True) for number in range(20)
+        subprocess.Popen(command.words("create", f"layer-{number}", "1M"), env=command.environment, stderr=subprocess.PIPE, text=True)
+        for number in range(20)
     ]
     errors = [verb.communicate(timeout=120)[1] for verb in verbs]
     assert errors == [""] * 20

@@ -26,17 +26,13 @@ def init(
     Pool.create(path, chunk_size=chunk_size, capacity=capacity).close()
 
 
-def create(
-    ctx: typer.Context, name: options.Name, size: NewSize, label: options.Labels = None, pool: options.Pool = None
-) -> None:
+def create(ctx: typer.Context, name: options.Name, size: NewSize, label: options.Labels = None, pool: options.Pool = None) -> None:
     """Make an empty writable layer."""
     with opened(ctx, pool) as p:
         p.create_layer(name, size, labels=parse_labels(label))
 
 
-def snapshot(
-    ctx: typer.Context, layer: options.Layer, name: options.Name, label: options.Labels = None, pool: options.Pool = None
-) -> None:
+def snapshot(ctx: typer.Context, layer: options.Layer, name: options.Name, label: options.Labels = None, pool: options.Pool = None) -> None:
     """Keep a layer's present content as a sealed layer."""
     with opened(ctx, pool) as p:
         p.layer(layer).snapshot(name, labels=parse_labels(label))

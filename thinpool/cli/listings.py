@@ -96,10 +96,7 @@ def ps(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool =
     if as_json:
         print_json([asdict(attachment) for attachment in attachments])
         return
-    rows = [
-        [one.layer, one.purpose, one.device, one.mountpoint or "", str(one.owner or ""), one.container or ""]
-        for one in attachments
-    ]
+    rows = [[one.layer, one.purpose, one.device, one.mountpoint or "", str(one.owner or ""), one.container or ""] for one in attachments]
     print_table(["LAYER", "PURPOSE", "DEVICE", "MOUNTED ON", ">OWNER", "CONTAINER"], rows)
 
 

@@ -18,9 +18,7 @@ Pool = Annotated[
 ]
 Layer = Annotated[str, typer.Argument(metavar="LAYER", help="A layer's name.", show_default=False)]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The new name.", show_default=False)]
-Labels = Annotated[
-    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; may be given again.", show_default=False)
-]
+Labels = Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; may be given again.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, sizes in bytes.")]
 
 

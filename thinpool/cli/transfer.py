@@ -19,7 +19,9 @@ _SUFFIXES = (".gz", ".xz", ".zst", ".bz2", ".tgz", ".txz", ".tar", ".img", ".raw
 def import_file(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A root file system tarball, or a raw image or device.", show_default=False)],
-    name: Annotated[str | None, typer.Option(help="The layer's name. Default: the file's, without .tar.gz and the like.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The layer's name. Default: the file's, without .tar.gz and the like.", show_default=False)
+    ] = None,
     size: Annotated[str, typer.Option(help="Of a tarball's file system.")] = "10G",
     fs: Annotated[str, typer.Option(help="Of a tarball: ext4 or xfs.")] = "ext4",
     raw: Annotated[bool, typer.Option("--raw", help="It is a raw image, whatever it looks like.")] = False,

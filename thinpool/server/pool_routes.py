@@ -75,9 +75,7 @@ async def diff(pool: PoolOf, layers: LayersOf, from_layer: NameOrId, to_layer: N
 
 
 @router.post("/import/raw")
-async def import_raw(
-    gate: GateOf, pool: PoolOf, layers: LayersOf, path: Name, name: Name, labels: Labels = None
-) -> StreamingResponse:
+async def import_raw(gate: GateOf, pool: PoolOf, layers: LayersOf, path: Name, name: Name, labels: Labels = None) -> StreamingResponse:
     """Takes in a raw image of the server's host."""
     return work_lines(gate, lambda progress: layers.describe(pool.import_raw(path, name, labels=labels, progress=progress)))
 

@@ -34,13 +34,18 @@ static int file_punch(void *ctx, uint64_t offset, uint64_t length) {
 
 static int file_sync(void *ctx) { return fdatasync(((struct file_disk *)ctx)->fd) < 0 ? -errno : 0; }
 
-static int file_resize(void *ctx, uint64_t length) {
-  int fd = ((struct file_disk *)ctx)->fd;
-  off_t now = lseek(fd, 0, SEEK_END);
-  if (now < 0) return -errno;
-  if ((uint64_t)now >= length) return 0;
-  return ftruncate(fd, (off_t)length) < 0 ? -errno : 0;
+static int64_t file_size(void *ctx) {
+  off_t end = lseek(((struct file_disk *)ctx)->fd, 0, SEEK_END);
+  return end < 0 ? -errno : end;
 }
+
+static int file_resize(void *ctx, uint64_t length) {
+  int64_t now = file_size(ctx);
+  if (now < 0 || (uint64_t)now >= length) return now < 0 ? (int)now : 0;
+  return ftruncate(((struct file_disk *)ctx)->fd, (off_t)length) < 0 ? -errno : 0;
+}
+
+static const tp_disk file_disk = {NULL, file_pread, file_pwrite, file_punch, file_sync, file_resize, file_size};
 
 /* --- opening --- */
 
@@ -59,6 +64,9 @@ static int load_state(tp_pool *pool) {
   pool->space.allocated = codec_get_varint(&in);
   pool->space.dirty = codec_get_varint(&in);
   if (in.bad) return tp_error_record(TP_ECORRUPT, TP_STATE, 0);
+  int64_t size = pool->disk.size(pool->disk.ctx);
+  if (size < 0) return tp_error_os(size);
+  if ((uint64_t)size < pool->space.pages * PAGE_VALUES << pool->chunk_shift) return tp_error_set(TP_ECORRUPT);
   rc = record_fetch(pool, TP_STATE, 1, &in);
   if (rc != TP_OK) return rc == TP_ENOENT ? TP_OK : rc;
   uint64_t count = codec_get_varint(&in);
@@ -100,9 +108,8 @@ int tp_pool_open(const tp_options *options, tp_pool **out) {
   init_locks(pool);
   pool->options = *options;
   pool->file_disk.fd = options->data_fd;
-  pool->disk = options->disk != NULL
-                   ? *options->disk
-                   : (tp_disk){&pool->file_disk, file_pread, file_pwrite, file_punch, file_sync, file_resize};
+  pool->disk = options->disk != NULL ? *options->disk : file_disk;
+  if (options->disk == NULL) pool->disk.ctx = &pool->file_disk;
   pool->chunk_shift = (unsigned)__builtin_ctzll(options->chunk_size);
   pool->blocks = (unsigned)(options->chunk_size / TP_BLOCK);
   pool->space.capacity = options->capacity >> pool->chunk_shift;
@@ -202,6 +209,7 @@ int tp_pool_get_info(tp_pool *pool, tp_pool_info *out) {
   pthread_mutex_lock(&pool->mutex);
   const struct space *space = &pool->space;
   *out = (tp_pool_info){
+      .chunk_size = chunk_size(pool),
       .capacity_chunks = space->capacity,
       .allocated_chunks = space->allocated,
       .dirty_chunks = space->dirty,

@@ -53,7 +53,8 @@ typedef struct {
   int64_t (*pwrite)(void *ctx, const void *buf, uint64_t length, uint64_t offset);
   int (*punch)(void *ctx, uint64_t offset, uint64_t length); /* becomes a hole that reads as zeros */
   int (*sync)(void *ctx);
-  int (*resize)(void *ctx, uint64_t length); /* grows the file, sparse */
+  int (*resize)(void *ctx, uint64_t length); /* grows the file, sparse; never shrinks it */
+  int64_t (*size)(void *ctx);
 } tp_disk;
 
 typedef struct {
@@ -170,7 +171,8 @@ int tp_sync(tp_pool *pool);
 /* The transaction is durable. store_txn: the store's number of it; oldest_reader: the oldest store_txn that a
  * reader may still look at (UINT64_MAX: none): what was freed since is kept. */
 int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader);
-void tp_fail(tp_pool *pool, int error, int os_error); /* error mode, for good */
+void tp_fail(tp_pool *pool, int error); /* error mode, for good */
+void tp_touch(tp_pool *pool);           /* the caller has records of its own for the open transaction: a flush must commit */
 
 /* --- background work --- */
 /* Waits up to timeout_ms for work; returns a set of tp_work bits (0: none), or TP_ECLOSED. */

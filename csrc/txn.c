@@ -56,11 +56,12 @@ int tp_freeze(tp_pool *pool, uint64_t *txn) {
 
 int tp_encode(tp_pool *pool, const uint8_t **records, uint64_t *length) {
   pthread_mutex_lock(&pool->mutex);
-  for (unsigned n = 0; n < ENCODE_BATCH && pool->encoded < pool->frozen.count; n++) {
+  for (unsigned n = 0; n < ENCODE_BATCH && pool->encoded < pool->frozen.count;) {
     struct record *record = pool->frozen.items[pool->encoded++];
     if (!record->frozen) continue; /* changed since, and encoded then */
     record_encode(pool, record);
     record->frozen = false;
+    n++;
   }
   struct bytes empty = pool->handed;
   pool->handed = pool->out;
@@ -77,21 +78,20 @@ int tp_sync(tp_pool *pool) {
   return result < 0 ? tp_error_os(result) : TP_OK;
 }
 
-static void release_record(tp_pool *pool, struct record *record, unsigned parity) {
+static void release_record(struct record *record, unsigned parity) {
   assert(!record->frozen); /* the store has all of them */
   record->storing = false;
   if (record->kind == TP_CHUNK_PAGE || record->kind == TP_NODE_PAGE) page_release(as_page(record), parity);
   if (!record->dead || record->dirty) return;
   if (record->kind == TP_NODE) node_free(as_node(record));
   else if (record->kind == TP_MAP && record->pins == 0) layer_free(as_layer(record));
-  (void)pool;
 }
 
 int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader) {
   pthread_mutex_lock(&pool->mutex);
   assert(pool->freezing && pool->encoded == pool->frozen.count);
   uint64_t txn = pool->txn - 1;
-  for (size_t k = 0; k < pool->frozen.count; k++) release_record(pool, pool->frozen.items[k], txn & 1);
+  for (size_t k = 0; k < pool->frozen.count; k++) release_record(pool->frozen.items[k], txn & 1);
   pool->frozen.count = 0;
   space_release(pool, txn & 1, store_txn, oldest_reader);
   pool->durable_txn = txn;
@@ -102,8 +102,13 @@ int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader) {
   return TP_OK;
 }
 
-void tp_fail(tp_pool *pool, int error, int os_error) {
-  (void)os_error;
+void tp_touch(tp_pool *pool) {
+  pthread_mutex_lock(&pool->mutex);
+  pool->state_dirty = true;
+  pthread_mutex_unlock(&pool->mutex);
+}
+
+void tp_fail(tp_pool *pool, int error) {
   pthread_mutex_lock(&pool->mutex);
   if (!pool->failed) pool->failed = error;
   pthread_cond_broadcast(&pool->committed);
@@ -146,7 +151,7 @@ int tp_flush(tp_pool *pool) {
   rc = tp_sync(pool);
   /* The kernel may have dropped the pages: what was written since the last sync is in doubt, and asking again would
    * only hide it. */
-  if (rc != TP_OK) tp_fail(pool, rc, 0);
+  if (rc != TP_OK) tp_fail(pool, rc);
   return rc;
 }
 

@@ -1,0 +1,126 @@
+"""The names of a pool: which layers there are, and whose children they are.
+
+Kept in memory as a whole (a layer's record is a few hundred bytes); what changed since the last freeze is handed to
+the commit together with the engine's records, so that names and maps never disagree (I8). The pool's lock is held
+by whoever calls.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import BadName, LayerExists, LayerNotFound
+
+PARTIAL_LABEL = "thinpool.partial"
+"""On layers that an import is still filling; found at the next opening, they are deleted."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}")
+
+
+@dataclass(slots=True)
+class LayerRecord:
+    """What the pool knows of a layer besides its map. ``origin``: the name its parent had when it was made."""
+
+    name: str
+    parent: int | None
+    origin: str | None
+    created: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The stored form (docs/FORMAT.md, "Layers")."""
+        return {"name": self.name, "parent": self.parent, "origin": self.origin, "created": self.created, "labels": self.labels}
+
+
+def check_name(name: str) -> str:
+    """The name, if a layer can have it. Raises :class:`~thinpool.errors.BadName`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise BadName(f"not a layer name: {name!r} (up to 255 of A-Z a-z 0-9 . _ : / @ + -, beginning with a letter or digit)")
+    return name
+
+
+class Catalog:
+    """All layer records, by id and by name."""
+
+    def __init__(self, layers: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        self._records: dict[int, LayerRecord] = {}
+        self._ids: dict[str, int] = {}
+        self._children: dict[int, set[int]] = {}
+        self._changed: dict[int, bool] = {}
+        for layer_id, stored in layers:
+            self._insert(layer_id, LayerRecord(**{name: stored[name] for name in LayerRecord.__slots__}))
+        self._next_id = max(self._records, default=0) + 1
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def _insert(self, layer_id: int, record: LayerRecord) -> None:
+        self._records[layer_id] = record
+        self._ids[record.name] = layer_id
+        if record.parent is not None:
+            self._children.setdefault(record.parent, set()).add(layer_id)
+
+    def new_id(self) -> int:
+        """An id that no layer of this pool has had since it was opened."""
+        self._next_id += 1
+        return self._next_id - 1
+
+    def find(self, name: str) -> int:
+        """The id of the layer of that name. Raises :class:`~thinpool.errors.LayerNotFound`."""
+        try:
+            return self._ids[name]
+        except (KeyError, TypeError):
+            raise LayerNotFound(f"no layer named {name!r}") from None
+
+    def require_free(self, name: str) -> None:
+        """Raises :class:`~thinpool.errors.BadName` or :class:`~thinpool.errors.LayerExists` where the name cannot be given."""
+        if check_name(name) in self._ids:
+            raise LayerExists(f"a layer named {name!r} exists already")
+
+    def get(self, layer_id: int) -> LayerRecord | None:
+        return self._records.get(layer_id)
+
+    def ids(self) -> list[int]:
+        """All ids, oldest first."""
+        return sorted(self._records)
+
+    def children(self, layer_id: int) -> list[int]:
+        return sorted(self._children.get(layer_id, ()))
+
+    def partial(self) -> list[int]:
+        """Layers that an import never finished."""
+        return [layer_id for layer_id, record in self._records.items() if PARTIAL_LABEL in record.labels]
+
+    def add(self, layer_id: int, record: LayerRecord) -> None:
+        self._insert(layer_id, record)
+        self._changed[layer_id] = True
+
+    def rename(self, layer_id: int, name: str) -> None:
+        self.require_free(name)
+        record = self._records[layer_id]
+        del self._ids[record.name]
+        record.name = name
+        self._ids[name] = layer_id
+        self._changed[layer_id] = True
+
+    def set_labels(self, layer_id: int, labels: Mapping[str, str]) -> None:
+        self._records[layer_id].labels = dict(labels)
+        self._changed[layer_id] = True
+
+    def remove(self, layer_id: int) -> None:
+        """Forgets a layer; its children have no parent from now on, only the name of their origin."""
+        record = self._records.pop(layer_id)
+        del self._ids[record.name]
+        if record.parent is not None:
+            self._children.get(record.parent, set()).discard(layer_id)
+        for child in self._children.pop(layer_id, ()):
+            self._records[child].parent = None
+            self._changed[child] = True
+        self._changed[layer_id] = True
+
+    def take_changes(self) -> dict[int, dict[str, Any] | None]:
+        """Records changed since the last call, as they are stored; ``None``: deleted."""
+        changed, self._changed = self._changed, {}
+        return {layer_id: record.as_json() if (record := self._records.get(layer_id)) else None for layer_id in changed}

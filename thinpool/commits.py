@@ -1,0 +1,132 @@
+"""Commits and background work of an open pool: how the two seams are used together.
+
+A commit (DESIGN.md, "Commit, flush and crash"), led by whichever thread's flush asks for it first::
+
+    freeze  the engine's transaction and the catalog's changes, under the catalog's lock: one state (I8)
+    sync    the data file: all that the frozen records name is on disk
+    store   one LMDB transaction
+    release what the transaction freed, as far as no reader looks at an older state (I4)
+
+A failure on the way puts the engine into error mode: what the kernel has dropped cannot be known.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from .catalog import Catalog
+from .engine import NO_READER, WORK_COMMIT, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
+from .errors import PoolClosed, PoolFailed, ThinpoolError
+
+_LOG = logging.getLogger("thinpool")
+COMMIT_INTERVAL_SECONDS = 1.0
+_RECLAIM_STEP = 1 << 14  # entries, walked a node at a time
+_PUNCH_STEP_BYTES = 16 << 20
+
+
+class RecordStore(Protocol):
+    """What commits need of the metadata store."""
+
+    def fetch(self, kind: int, key: int) -> bytes | None: ...
+    def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int: ...
+    def put_window(self, record: Record) -> None: ...
+    def oldest_reader(self) -> int: ...
+    def renew_ballast(self) -> None: ...
+
+
+class Committer:
+    """Runs commits and window extensions for one pool; it is the engine's :class:`~thinpool.engine.Store`."""
+
+    def __init__(self, store: RecordStore, catalog: Catalog, lock: threading.RLock) -> None:
+        """``lock`` guards the catalog; changes that span catalog and engine are made under it."""
+        self.engine: Engine
+        self.fingerprints: dict[bytes, int] = {}
+        self._storing: dict[bytes, int] = {}
+        self._store = store
+        self._catalog = catalog
+        self._lock = lock
+        self._window_lock = threading.Lock()
+
+    def fetch(self, kind: int, key: int) -> bytes | None:
+        """The committed value of one of the engine's records."""
+        return self._store.fetch(kind, key)
+
+    def layer_name(self, layer_id: int) -> str:
+        """A name for messages."""
+        record = self._catalog.get(layer_id)
+        return record.name if record else f"number {layer_id}"
+
+    def pending_fingerprint(self, digest: bytes) -> int | None:
+        """A fingerprint that is not in the store yet."""
+        chunk = self.fingerprints.get(digest)
+        return self._storing.get(digest) if chunk is None else chunk
+
+    def commit(self) -> None:
+        """One commit; the engine sees to it that there is one at a time. Raises PoolFailed, and then no later one succeeds."""
+        with self._lock:
+            records_changed = self.engine.freeze()
+            layers = self._catalog.take_changes()
+            self._storing, self.fingerprints = self.fingerprints, {}
+        try:
+            self.engine.sync()
+            store_txn = 0
+            if records_changed:
+                store_txn = self._store.commit(self.engine.encoded(), layers, self._storing)
+            self.engine.release(store_txn, self._store.oldest_reader() if records_changed else NO_READER)
+            self._storing = {}
+        except Exception as error:
+            self.engine.fail()
+            _LOG.error("commit failed, the pool is in error mode: %s", error)
+            raise PoolFailed(f"a commit failed ({error}): the pool is in error mode, reads go on; open it anew to write") from error
+
+    def extend_window(self) -> None:
+        """Lets the engine hand out more clean chunks; one transaction of the store, no sync of the data."""
+        with self._window_lock:
+            self._store.put_window(self.engine.plan_window())
+            self.engine.activate_window()
+
+
+class Housekeeper(threading.Thread):
+    """Commits each second, extends the window ahead of need, reclaims deleted maps, and punches free chunks."""
+
+    def __init__(self, engine: Engine, committer: Committer, store: RecordStore) -> None:
+        super().__init__(name="thinpool-housekeeper", daemon=True)
+        self._engine, self._committer, self._store = engine, committer, store
+
+    def run(self) -> None:
+        while True:
+            try:
+                work = self._engine.wait_work(COMMIT_INTERVAL_SECONDS)
+                if work & WORK_WINDOW:
+                    self._committer.extend_window()
+                if work & WORK_RECLAIM:
+                    self._engine.reclaim(_RECLAIM_STEP)
+                    continue  # commits and punches once all is walked, or once it is time to commit
+                if work & WORK_COMMIT:
+                    self._engine.flush()
+                if work & WORK_PUNCH:
+                    self._engine.punch(_PUNCH_STEP_BYTES)
+                    self._store.renew_ballast()
+            except PoolClosed:
+                return
+            except ThinpoolError as error:
+                _LOG.warning("background work: %s", error)
+                if isinstance(error, PoolFailed):
+                    return
+
+    def drain(self) -> None:
+        """Does now, in the caller's thread, what is left to do: all space of deleted layers is free and given back."""
+        drain(self._engine)
+
+
+def drain(engine: Engine) -> None:
+    """Reclaims, commits and punches until nothing is left of what was deleted."""
+    while engine.reclaim(_RECLAIM_STEP):
+        engine.flush()
+    engine.flush()
+    while engine.punch(_PUNCH_STEP_BYTES):
+        continue
+    engine.flush()

@@ -1,0 +1,470 @@
+"""The seam to the data plane: the only module that imports the C core.
+
+:class:`Engine` is one open pool, :class:`EngineLayer` a handle on one of its layers. Both only pass calls on and turn
+error codes into exceptions, through one table. cffi lets go of the GIL for the length of every call; C takes it
+again only to fetch a record that is not in memory, and to run a commit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+from . import errors
+from ._core import ffi, lib
+from .api import Buffer
+
+_core = cast(Any, lib)
+_ffi = cast(Any, ffi)
+
+NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE = range(1, 7)
+"""Record kinds (``enum tp_kind``)."""
+WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT = 1, 2, 4, 8
+"""Bits of :meth:`Engine.wait_work`."""
+BLOCK_SIZE = 4096
+_WINDOW_KEY = 2
+_RECORD_HEAD = struct.Struct("<BBHI8s")
+_EXTENTS_PER_CALL = 1024
+NO_READER = 2**64 - 1
+
+Record = tuple[int, bytes, bytes | None]
+"""(kind, key, value); value ``None``: the record is deleted."""
+
+
+class Store(Protocol):
+    """What the engine asks of whoever keeps its records."""
+
+    def fetch(self, kind: int, key: int) -> bytes | memoryview | None:
+        """The committed value of a record; ``None``: there is none. Called with locks held."""
+
+    def commit(self) -> None:
+        """Run one commit, from freeze to release."""
+
+    def extend_window(self) -> None:
+        """Plan, store and activate more allocation window."""
+
+    def layer_name(self, layer_id: int) -> str:
+        """A name for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """The engine's figures: sizes in bytes, counters since it was opened."""
+
+    chunk_size: int
+    capacity_chunks: int
+    allocated_chunks: int
+    dirty_chunks: int
+    pending_chunks: int
+    data_bytes: int
+    reclaim_nodes: int
+    txn: int
+    durable_txn: int
+    dirty: int
+    failed: int
+    cached_bytes: int
+    splits: int
+    in_place: int
+    first_writes: int
+    window_waits: int
+    fetches: int
+
+
+def crc32c(data: Buffer, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli, RFC 3720) of the data, continuing from ``crc``."""
+    view = _ffi.from_buffer(data)
+    return int(_core.tp_crc32c(crc, view, len(view)))
+
+
+def is_zero(data: Buffer) -> bool:
+    """True if every byte is zero."""
+    view = _ffi.from_buffer(data)
+    return bool(_core.tp_is_zero(view, len(view)))
+
+
+# --- errors: one table from code to exception ---
+
+
+def _corrupt(engine: Engine, info: Any) -> errors.ThinpoolError:
+    if not info.kind:
+        return errors.DamagedError(f"the data file is shorter than the pool's maps say: it was cut off{engine.where(info)}")
+    kinds = ("", "map node", "chunk count page", "node count page", "free space summary", "layer map", "pool state")
+    return errors.DamagedError(f"damaged metadata: {kinds[info.kind]} {info.key} does not match its checksum{engine.where(info)}")
+
+
+def _disk(engine: Engine, info: Any) -> errors.ThinpoolError:
+    return errors.DiskError(f"the host's disk failed: {os.strerror(info.os_error)}{engine.where(info)}", info.os_error or errno.EIO)
+
+
+def _space(engine: Engine, info: Any) -> errors.ThinpoolError:
+    what = "the host's disk is full" if info.os_error else "the pool's capacity is used up"
+    return errors.OutOfSpace(f"{what}{engine.where(info)}: remove layers, or raise the capacity")
+
+
+def _range(engine: Engine, info: Any) -> errors.ThinpoolError:
+    return errors.OutOfRange(f"past the end of the layer{engine.where(info)}")
+
+
+def _simple(kind: type[errors.ThinpoolError], message: str) -> Callable[[Engine, Any], errors.ThinpoolError]:
+    return lambda engine, info: kind(message + engine.where(info))
+
+
+_ERRORS: dict[int, Callable[[Engine, Any], errors.ThinpoolError]] = {
+    _core.TP_EIO: _disk,
+    _core.TP_ENOSPC: _space,
+    _core.TP_ERANGE: _range,
+    _core.TP_ESEALED: _simple(errors.LayerSealed, "a sealed layer never changes; clone it and write to the clone"),
+    _core.TP_EDELETED: _simple(errors.LayerDeleted, "the layer was deleted"),
+    _core.TP_ECLOSED: _simple(errors.PoolClosed, "the pool is closed"),
+    _core.TP_ECORRUPT: _corrupt,
+    _core.TP_ENOMEM: _simple(errors.DiskError, "out of memory"),
+    _core.TP_EFAILED: _simple(errors.PoolFailed, "the pool is in error mode after a failed sync or commit: reads go on, open it anew to write"),
+    _core.TP_EREADONLY: _simple(errors.PoolReadOnly, "the pool is open read-only"),
+    _core.TP_EINVAL: _simple(errors.BadSize, "a size or argument that the engine cannot take"),
+    _core.TP_ENOENT: _simple(errors.DamagedError, "a layer has no map record"),
+    _core.TP_ECALLBACK: _simple(errors.DiskError, "the metadata store failed"),
+}
+
+
+# --- callbacks from C ---
+
+
+@_ffi.def_extern(error=_core.TP_ECALLBACK)  # type: ignore[untyped-decorator]
+def tp_py_fetch(ctx: Any, kind: int, key: int, buf: Any, capacity: int, length: Any) -> int:
+    return cast(Engine, _ffi.from_handle(ctx))._fetch(kind, key, buf, capacity, length)
+
+
+@_ffi.def_extern(error=_core.TP_ECALLBACK)  # type: ignore[untyped-decorator]
+def tp_py_commit(ctx: Any) -> int:
+    engine = cast(Engine, _ffi.from_handle(ctx))
+    return engine._guarded(engine.store.commit)
+
+
+@_ffi.def_extern(error=_core.TP_ECALLBACK)  # type: ignore[untyped-decorator]
+def tp_py_extend_window(ctx: Any) -> int:
+    engine = cast(Engine, _ffi.from_handle(ctx))
+    return engine._guarded(engine.store.extend_window)
+
+
+class Engine:
+    """One open pool in the data plane."""
+
+    def __init__(
+        self, store: Store, *, data_fd: int, chunk_size: int, capacity: int = 0, cache_bytes: int = 0, read_only: bool = False, disk: Any = None
+    ) -> None:
+        """Opens the pool whose records ``store`` keeps. ``disk``: a ``tp_disk *`` in place of ``data_fd``, for tests.
+
+        Raises :class:`~thinpool.errors.DamagedError` where the stored state makes no sense.
+        """
+        self.store = store
+        self._raised = threading.local()
+        self._handle = _ffi.new_handle(self)
+        options = _ffi.new("tp_options *")
+        options.chunk_size, options.capacity, options.cache_bytes = chunk_size, capacity, cache_bytes
+        options.data_fd, options.read_only = data_fd, read_only
+        options.disk = disk if disk is not None else _ffi.NULL
+        options.ctx = self._handle
+        options.fetch, options.commit, options.extend_window = _core.tp_py_fetch, _core.tp_py_commit, _core.tp_py_extend_window
+        out = _ffi.new("tp_pool **")
+        self.check(_core.tp_pool_open(options, out))
+        self.pointer = _ffi.gc(out[0], _core.tp_pool_put)
+
+    def close(self) -> None:
+        """Drains I/O; every later call raises :class:`~thinpool.errors.PoolClosed`. Nothing is committed."""
+        _core.tp_pool_close(self.pointer)
+
+    # --- errors ---
+
+    def where(self, info: Any) -> str:
+        """The part of a message that names layer and range."""
+        if not info.layer_id:
+            return ""
+        name = self.store.layer_name(info.layer_id)
+        return f" (layer {name}, offset {info.offset}, {info.length} bytes)" if info.length else f" (layer {name})"
+
+    def check(self, rc: int, layer_id: int = 0, offset: int = 0, length: int = 0) -> int:
+        """Returns ``rc`` if it is no error; else raises the exception for it."""
+        if rc >= 0:
+            return rc
+        pending: BaseException | None = getattr(self._raised, "exception", None)
+        self._raised.exception = None
+        info = _ffi.new("tp_error_info *")
+        _core.tp_last_error(info)
+        if info.code != rc:
+            info.code, info.kind, info.os_error, info.layer_id = rc, 0, 0, 0
+        if not info.layer_id and layer_id:
+            info.layer_id, info.offset, info.length = layer_id, offset, length
+        if isinstance(pending, errors.ThinpoolError):
+            raise pending
+        raise _ERRORS[rc](self, info) from pending
+
+    def _guarded(self, work: Callable[[], object]) -> int:
+        """Runs a callback; what it raises is raised again by the call that is under way in this thread."""
+        self._raised.exception = None
+        try:
+            work()
+        except errors.OutOfSpace as error:
+            self._raised.exception = error
+            return int(_core.TP_ENOSPC)
+        except Exception as error:
+            self._raised.exception = error
+            return int(_core.TP_ECALLBACK)
+        return 0
+
+    def _fetch(self, kind: int, key: int, buf: Any, capacity: int, length: Any) -> int:
+        def fetch() -> None:
+            nonlocal value
+            value = self.store.fetch(kind, key)
+
+        value: bytes | memoryview | None = None
+        rc = self._guarded(fetch)
+        if rc != 0:
+            return rc
+        if value is None:
+            return int(_core.TP_ENOENT)
+        length[0] = len(value)
+        if len(value) > capacity:
+            return int(_core.TP_ERANGE)
+        _ffi.memmove(buf, value, len(value))
+        return 0
+
+    # --- pool ---
+
+    def info(self) -> EngineInfo:
+        """The engine's figures."""
+        info = _ffi.new("tp_pool_info *")
+        _core.tp_pool_get_info(self.pointer, info)
+        return EngineInfo(*(int(getattr(info, name)) for name in EngineInfo.__slots__))
+
+    def set_capacity(self, capacity: int) -> None:
+        """Bytes that chunks may take; 0: no limit."""
+        self.check(_core.tp_pool_set_capacity(self.pointer, capacity))
+
+    def create_layer(self, layer_id: int, size: int) -> EngineLayer:
+        out = _ffi.new("tp_layer **")
+        self.check(_core.tp_layer_create(self.pointer, layer_id, size, out), layer_id)
+        return EngineLayer(self, layer_id, out[0])
+
+    def layer(self, layer_id: int) -> EngineLayer:
+        out = _ffi.new("tp_layer **")
+        self.check(_core.tp_layer_get(self.pointer, layer_id, out), layer_id)
+        return EngineLayer(self, layer_id, out[0])
+
+    def diff(self, from_layer: EngineLayer, to_layer: EngineLayer) -> Iterator[tuple[int, int, bool]]:
+        """(offset, length, data in ``to_layer``) of each range that may differ, neighbours joined."""
+        return self._walk(lambda cursor, out: _core.tp_diff(from_layer.pointer, to_layer.pointer, cursor, out, _EXTENTS_PER_CALL), to_layer)
+
+    def _walk(self, call: Callable[[Any, Any], int], layer: EngineLayer) -> Iterator[tuple[int, int, bool]]:
+        cursor, out = _ffi.new("uint64_t *", 0), _ffi.new("tp_extent[]", _EXTENTS_PER_CALL)
+        pending: tuple[int, int, bool] | None = None
+        while True:
+            before = cursor[0]
+            count = self.check(call(cursor, out), layer.id)
+            for i in range(count):
+                offset, length, data = out[i].offset, out[i].length, bool(out[i].data)
+                if pending and pending[0] + pending[1] == offset and pending[2] == data:
+                    pending = (pending[0], pending[1] + length, data)
+                    continue
+                if pending:
+                    yield pending
+                pending = (offset, length, data)
+            if count == 0 and cursor[0] == before:
+                break
+        if pending:
+            yield pending
+
+    # --- commits: one at a time, in this order ---
+
+    def flush(self) -> None:
+        """All that was written before the call is durable when it returns; concurrent flushes share a commit."""
+        self.check(_core.tp_flush(self.pointer))
+
+    def touch(self) -> None:
+        """The open transaction has records of the caller's: the next flush must commit."""
+        _core.tp_touch(self.pointer)
+
+    def freeze(self) -> bool:
+        """Closes the open transaction; true if it has records to store."""
+        txn = _ffi.new("uint64_t *")
+        return bool(self.check(_core.tp_freeze(self.pointer, txn)))
+
+    def sync(self) -> None:
+        self.check(_core.tp_sync(self.pointer))
+
+    def encoded(self) -> Iterator[Record]:
+        """The frozen records; runs of them are encoded as the iteration goes on."""
+        records, length = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        while True:
+            self.check(_core.tp_encode(self.pointer, records, length))
+            if length[0] == 0:
+                return
+            yield from _parse(bytes(_ffi.buffer(records[0], length[0])))
+
+    def release(self, store_txn: int, oldest_reader: int) -> None:
+        self.check(_core.tp_release(self.pointer, store_txn, oldest_reader))
+
+    def fail(self) -> None:
+        """Error mode, for good: reads go on, writes and commits raise :class:`~thinpool.errors.PoolFailed`."""
+        _core.tp_fail(self.pointer, _core.TP_EIO)
+
+    def plan_window(self) -> Record:
+        """The record to store so that more clean chunks may be handed out; then :meth:`activate_window`."""
+        record, length = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
+        self.check(_core.tp_window_plan(self.pointer, record, length))
+        return next(_parse(bytes(_ffi.buffer(record[0], length[0]))))
+
+    def activate_window(self) -> None:
+        self.check(_core.tp_window_activate(self.pointer))
+
+    @staticmethod
+    def no_window() -> Record:
+        """What a clean close stores: no chunk is handed out that a commit does not know."""
+        return STATE, _WINDOW_KEY.to_bytes(8, "big"), None
+
+    # --- background work ---
+
+    def wait_work(self, timeout_seconds: float) -> int:
+        """Waits for work, or until the time is up; a set of ``WORK_*`` bits. Raises PoolClosed."""
+        return self.check(_core.tp_wait_work(self.pointer, int(timeout_seconds * 1000)))
+
+    def wake(self) -> None:
+        _core.tp_wake(self.pointer)
+
+    def reclaim(self, entries: int) -> bool:
+        """Walks up to that many entries of deleted maps; true if there is more."""
+        return bool(self.check(_core.tp_reclaim(self.pointer, entries)))
+
+    def punch(self, budget_bytes: int) -> bool:
+        """Gives up to that many bytes of free chunks back to the host; true if there may be more."""
+        return bool(self.check(_core.tp_punch(self.pointer, budget_bytes)))
+
+    def revoke(self) -> None:
+        """Before chunks are compared that entries were made to share: nobody overwrites them in place from now on."""
+        self.check(_core.tp_revoke(self.pointer))
+
+
+def _parse(data: bytes) -> Iterator[Record]:
+    position = 0
+    while position < len(data):
+        kind, deleted, _, length, key = _RECORD_HEAD.unpack_from(data, position)
+        position += _RECORD_HEAD.size
+        yield kind, key, None if deleted else data[position : position + length]
+        position += length
+
+
+class EngineLayer:
+    """A handle on a layer. Methods raise what :data:`_ERRORS` says; a handle outlives its layer."""
+
+    __slots__ = ("engine", "id", "pointer")
+
+    def __init__(self, engine: Engine, layer_id: int, pointer: Any) -> None:
+        self.engine = engine
+        self.id = layer_id
+        self.pointer = _ffi.gc(pointer, _core.tp_layer_put)
+
+    def _raise(self, rc: int, offset: int, length: int) -> None:
+        self.engine.check(rc, self.id, offset, length)
+
+    def read(self, length: int, offset: int) -> bytes:
+        if length < 2:
+            small = bytearray(max(length, 0))
+            if length < 0:
+                raise errors.OutOfRange(f"a negative length: {length}")
+            self.read_into(small, offset)
+            return bytes(small)
+        # A new bytes object that nobody else has seen is filled in place: a copy of a large one would cost half the speed.
+        data = bytes(length)
+        self.read_into_unchecked(data, length, offset)
+        return data
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        view = _ffi.from_buffer(buffer, require_writable=True)
+        self.read_into_unchecked(view, len(view), offset)
+        return len(view)
+
+    def read_into_unchecked(self, target: Any, length: int, offset: int) -> None:
+        try:
+            rc = _core.tp_read(self.pointer, _ffi.from_buffer(target) if type(target) is bytes else target, length, offset)
+        except OverflowError:
+            raise errors.OutOfRange(f"an offset that no layer has: {offset}") from None
+        if rc:
+            self._raise(rc, offset, length)
+
+    def write(self, data: Buffer, offset: int) -> int:
+        source = data if type(data) is bytes else _ffi.from_buffer(data)
+        length = len(source)
+        try:
+            rc = _core.tp_write(self.pointer, source, length, offset)
+        except OverflowError:
+            raise errors.OutOfRange(f"an offset that no layer has: {offset}") from None
+        if rc:
+            self._raise(rc, offset, length)
+        return length
+
+    def discard(self, offset: int, length: int) -> None:
+        try:
+            rc = _core.tp_discard(self.pointer, offset, length)
+        except OverflowError:
+            raise errors.OutOfRange(f"a range that no layer has: {length} bytes at {offset}") from None
+        if rc:
+            self._raise(rc, offset, length)
+
+    def equal(self, data: Buffer, offset: int) -> bool:
+        """True if the layer holds these bytes there."""
+        view = _ffi.from_buffer(data)
+        return bool(self.engine.check(_core.tp_equal(self.pointer, view, len(view), offset), self.id))
+
+    def branch(self, layer_id: int, size: int, *, sealed: bool) -> EngineLayer:
+        out = _ffi.new("tp_layer **")
+        self.engine.check(_core.tp_layer_branch(self.pointer, layer_id, size, sealed, out), self.id)
+        return EngineLayer(self.engine, layer_id, out[0])
+
+    def seal(self) -> None:
+        self.engine.check(_core.tp_layer_seal(self.pointer), self.id)
+
+    def resize(self, size: int) -> None:
+        self.engine.check(_core.tp_layer_resize(self.pointer, size), self.id)
+
+    def reset(self, source: EngineLayer) -> None:
+        self.engine.check(_core.tp_layer_reset(self.pointer, source.pointer), self.id)
+
+    def delete(self) -> None:
+        self.engine.check(_core.tp_layer_delete(self.pointer), self.id)
+
+    @property
+    def size(self) -> int:
+        return int(_core.tp_layer_size(self.pointer))
+
+    def info(self) -> tuple[int, int, bool]:
+        """(size in bytes, chunk references of the map, sealed)."""
+        info = _ffi.new("tp_layer_info *")
+        self.engine.check(_core.tp_layer_get_info(self.pointer, info), self.id)
+        return int(info.size), int(info.mapped_refs), bool(info.sealed)
+
+    def exclusive_chunks(self) -> int:
+        """How many chunks deleting the layer would free."""
+        out = _ffi.new("uint64_t *")
+        self.engine.check(_core.tp_exclusive(self.pointer, out), self.id)
+        return int(out[0])
+
+    def extents(self) -> Iterator[tuple[int, int, bool]]:
+        """(offset, length, data) from the start to the end of the layer, without gaps."""
+        return self.engine._walk(lambda cursor, out: _core.tp_extents(self.pointer, cursor, out, _EXTENTS_PER_CALL), self)
+
+    def map_shared(self, index: int, chunk: int) -> bool:
+        """Lets chunk ``index`` of the layer be that chunk of the pool; false if that is not allocated."""
+        return bool(self.engine.check(_core.tp_map_shared(self.pointer, index, chunk), self.id))
+
+    def chunk_at(self, index: int) -> int | None:
+        """The pool's chunk behind chunk ``index`` of the layer, if it is a whole one."""
+        chunk = int(_core.tp_chunk_at(self.pointer, index))
+        return chunk if chunk >= 0 else None
+
+    def map_unwritten(self, index: int, count: int) -> None:
+        """For tests and benchmarks: maps chunks without writing any data."""
+        self.engine.check(_core.tp_map_unwritten(self.pointer, index, count), self.id)

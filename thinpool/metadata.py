@@ -1,0 +1,268 @@
+"""The seam to the metadata store: one LMDB environment, the only module that imports lmdb.
+
+Every record is a value with a CRC-32C over its kind, key and content (docs/FORMAT.md). The engine's records (map
+nodes, counts, space) arrive framed and checksummed; layers, fingerprints and the pool's own record are framed here.
+A commit is one LMDB write transaction. The map size grows by itself: a transaction that does not fit is run again in
+a larger one. A file of ballast beside the store is given up when the host's disk is full, so that the commit that
+frees space still fits (DESIGN.md, "Reserve").
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from . import engine as data_plane
+from .engine import NO_READER, Record, crc32c
+from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy
+
+FORMAT_VERSION = 1
+# Features that this version knows, by what a version that does not know one must do.
+KNOWN_INCOMPATIBLE: frozenset[str] = frozenset()  # refuse the pool
+KNOWN_READ_COMPATIBLE: frozenset[str] = frozenset()  # open it read-only
+_DATABASES = {
+    data_plane.NODE: b"nodes",
+    data_plane.CHUNK_PAGE: b"chunk-counts",
+    data_plane.NODE_PAGE: b"node-counts",
+    data_plane.SUMMARY: b"summaries",
+    data_plane.MAP: b"maps",
+    data_plane.STATE: b"state",
+}
+LAYER, FINGERPRINT, POOL = 7, 8, 9
+"""Kinds of the records that are framed here, for their CRC."""
+_OWN_DATABASES = {LAYER: b"layers", FINGERPRINT: b"fingerprints", POOL: b"pool"}
+_POOL_KEY = b"pool"
+_INITIAL_MAP_BYTES = 256 << 20
+_BALLAST_BYTES = 8 << 20
+
+
+def frame(kind: int, key: bytes, body: bytes) -> bytes:
+    """The stored form of a record: CRC-32C of kind, key and body, little-endian, then the body."""
+    return crc32c(body, crc32c(bytes([kind]) + key)).to_bytes(4, "little") + body
+
+
+def unframe(kind: int, key: bytes, value: bytes) -> bytes:
+    """The body of a stored record. Raises :class:`~thinpool.errors.DamagedError`."""
+    body = value[4:]
+    if len(value) < 4 or frame(kind, key, body) != value:
+        raise DamagedError(f"damaged metadata: record {key!r} of kind {kind} does not match its checksum")
+    return body
+
+
+class Metadata:
+    """The open metadata store of one pool."""
+
+    def __init__(self, path: Path, *, create: bool = False, read_only: bool = False) -> None:
+        """Opens ``path`` (a directory). Raises DamagedError, FormatError, PoolBusy, or DiskError."""
+        self.path = path
+        self.read_only = read_only
+        self._reads = threading.Lock()  # the map may be resized only while no read is under way
+        self._grow_lock = threading.Lock()
+        self._ballast = path / "ballast"
+        with _lmdb_errors(path):
+            self._env: Any = lmdb.open(
+                str(path), map_size=_INITIAL_MAP_BYTES, max_dbs=16, subdir=True, readonly=read_only, create=create, mode=0o600, max_readers=1024
+            )
+            self._env.set_mapsize(max(_INITIAL_MAP_BYTES, self._file_bytes() * 2)) if not read_only else None
+            names = {**_DATABASES, **_OWN_DATABASES}
+            self._dbs = {kind: self._env.open_db(name, create=create) for kind, name in names.items()}
+            self._snapshot = self._env.begin(buffers=True) if read_only else None
+
+    def _file_bytes(self) -> int:
+        try:
+            return (self.path / "data.mdb").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.abort()
+        self._env.close()
+
+    # --- reading ---
+
+    def fetch(self, kind: int, key: int) -> bytes | None:
+        """The committed value of one of the engine's records."""
+        return self._get(kind, key.to_bytes(8, "big"))
+
+    def _get(self, kind: int, key: bytes) -> bytes | None:
+        with _lmdb_errors(self.path):
+            if self._snapshot is not None:
+                with self._reads:
+                    found = self._snapshot.get(key, db=self._dbs[kind])
+                    return None if found is None else bytes(found)
+            with self._reads, self._env.begin() as txn:
+                value: bytes | None = txn.get(key, db=self._dbs[kind])
+                return value
+
+    def records(self, kind: int) -> list[tuple[bytes, bytes]]:
+        """All committed records of a kind as (key, stored value), in the order of keys."""
+        with _lmdb_errors(self.path), self._reads:
+            if self._snapshot is not None:
+                return [(bytes(k), bytes(v)) for k, v in self._snapshot.cursor(self._dbs[kind])]
+            with self._env.begin() as txn:
+                return list(txn.cursor(self._dbs[kind]))
+
+    def layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every layer's id and record."""
+        for key, value in self.records(LAYER):
+            yield int.from_bytes(key, "big"), json.loads(unframe(LAYER, key, value))
+
+    def fingerprint(self, digest: bytes) -> int | None:
+        """The chunk that once had this fingerprint: a hint, to be compared."""
+        value = self._get(FINGERPRINT, digest)
+        return None if value is None else int.from_bytes(unframe(FINGERPRINT, digest, value), "little")
+
+    def pool_record(self) -> dict[str, Any]:
+        """What :meth:`create_pool` stored. Raises FormatError for a newer version or an unknown feature that forbids opening."""
+        value = self._get(POOL, _POOL_KEY)
+        if value is None:
+            raise DamagedError(f"{self.path} has no pool record: it was never finished, or is damaged")
+        record: dict[str, Any] = json.loads(unframe(POOL, _POOL_KEY, value))
+        unknown = set(record["features"]["incompatible"]) - KNOWN_INCOMPATIBLE
+        if record["version"] > FORMAT_VERSION or unknown:
+            what = f"features {', '.join(sorted(unknown))}" if unknown else f"format version {record['version']}"
+            raise FormatError(f"the pool was written by a newer thinpool ({what}); this one knows version {FORMAT_VERSION}: upgrade to open it")
+        unknown = set(record["features"]["read_compatible"]) - KNOWN_READ_COMPATIBLE
+        if unknown and not self.read_only:
+            raise FormatError(f"the pool has features this version must not write to ({', '.join(sorted(unknown))}): open it read-only, or upgrade")
+        return record
+
+    def usage(self) -> int:
+        """Bytes of the store's pages in use."""
+        with self._reads, self._env.begin() as txn:
+            stats = [txn.stat(db) for db in self._dbs.values()]
+        pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
+        return int(pages * self._env.stat()["psize"])
+
+    def oldest_reader(self) -> int:
+        """The oldest transaction that a live reader, of any process, looks at; :data:`NO_READER` if none does."""
+        self._env.reader_check()
+        oldest = NO_READER
+        for line in self._env.readers().splitlines():
+            fields = line.split()
+            if len(fields) == 3 and fields[0].isdigit() and fields[2].isdigit():
+                oldest = min(oldest, int(fields[2]))
+        return oldest
+
+    # --- writing ---
+
+    def create_pool(self, chunk_size: int, capacity: int) -> None:
+        """Stores the pool's record: sizes in bytes, capacity 0 for no limit."""
+        features: dict[str, list[str]] = {"incompatible": [], "read_compatible": [], "compatible": []}
+        record = {"version": FORMAT_VERSION, "uuid": str(uuid.uuid4()), "chunk_size": chunk_size, "capacity": capacity, "features": features}
+        self._put_pool(record)
+        self._lay_ballast()
+
+    def set_capacity(self, capacity: int) -> None:
+        """Bytes that chunks may take; 0: no limit."""
+        self._put_pool(self.pool_record() | {"capacity": capacity})
+
+    def _put_pool(self, record: Mapping[str, Any]) -> None:
+        value = frame(POOL, _POOL_KEY, json.dumps(record).encode())
+        self._write(lambda txn: txn.put(_POOL_KEY, value, db=self._dbs[POOL]))
+
+    def commit(
+        self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]
+    ) -> int:
+        """One durable transaction of everything; returns LMDB's number of it. A layer whose record is ``None`` is deleted."""
+        puts: dict[int, list[tuple[bytes, bytes]]] = {kind: [] for kind in self._dbs}
+        deletes: list[tuple[int, bytes]] = []
+        for kind, key, value in records:
+            if value is None:
+                deletes.append((kind, key))
+            else:
+                puts[kind].append((key, value))
+        for layer_id, layer in layers.items():
+            key = layer_id.to_bytes(8, "big")
+            if layer is None:
+                deletes.append((LAYER, key))
+            else:
+                puts[LAYER].append((key, frame(LAYER, key, json.dumps(layer).encode())))
+        for digest, chunk in fingerprints.items():
+            puts[FINGERPRINT].append((digest, frame(FINGERPRINT, digest, chunk.to_bytes(5, "little"))))
+        for items in puts.values():
+            items.sort()  # neighbours fill pages well
+
+        def write(txn: Any) -> None:
+            for kind, key in deletes:
+                txn.delete(key, db=self._dbs[kind])
+            for kind, items in puts.items():
+                if items:
+                    txn.cursor(self._dbs[kind]).putmulti(items, overwrite=True)
+
+        return self._write(write)
+
+    def put_window(self, record: Record) -> None:
+        """Stores (or with value ``None`` removes) the engine's allocation window, and nothing else."""
+        kind, key, value = record
+
+        def write(txn: Any) -> None:
+            if value is None:
+                txn.delete(key, db=self._dbs[kind])
+            else:
+                txn.put(key, value, db=self._dbs[kind])
+
+        self._write(write)
+
+    def _write(self, write: Callable[[Any], object]) -> int:
+        """Runs a write transaction to its durable end: again in a larger map, and again without the ballast, if need be."""
+        while True:
+            try:
+                with _lmdb_errors(self.path), self._env.begin(write=True) as txn:
+                    write(txn)
+                    number = int(txn.id())
+                return number
+            except lmdb.MapFullError:
+                self._grow()
+            except OutOfSpace:
+                if not self._ballast.exists():
+                    raise
+                self._ballast.unlink(missing_ok=True)
+
+    def _grow(self) -> None:
+        with self._grow_lock, self._reads:
+            self._env.set_mapsize(self._env.info()["map_size"] * 2)
+
+    def _lay_ballast(self) -> None:
+        with suppress(OSError), open(self._ballast, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            os.posix_fallocate(file.fileno(), 0, _BALLAST_BYTES)
+
+    def renew_ballast(self) -> None:
+        """Lays the ballast anew, when there is room for it again."""
+        if self._ballast.exists():
+            return
+        stat = os.statvfs(self.path)
+        if stat.f_bavail * stat.f_frsize > 4 * _BALLAST_BYTES:
+            self._lay_ballast()
+
+
+@contextmanager
+def _lmdb_errors(path: Path) -> Iterator[None]:
+    """LMDB's errors as thinpool's; MapFullError passes, for :meth:`Metadata._write`."""
+    try:
+        yield
+    except lmdb.MapFullError:
+        raise
+    except (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError) as error:
+        raise DamagedError(f"damaged metadata store {path}: {error}") from error
+    except (lmdb.NotFoundError, lmdb.BadRslotError) as error:
+        raise DamagedError(f"damaged metadata store {path}: a database is missing ({error})") from error
+    except (lmdb.DiskError, lmdb.Error) as error:
+        text = str(error)
+        if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
+            raise OutOfSpace(f"the host's disk is full: {path}: remove layers or other files") from error
+        if "already open in this process" in text:
+            raise PoolBusy(f"the pool {path.parent} is already open in this process", os.getpid()) from error
+        if os.strerror(errno.EACCES) in text:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from error
+        raise DiskError(f"the metadata store {path} failed: {error}") from error

@@ -1,0 +1,412 @@
+"""A pool in this process: :class:`Pool`, the entry to the library.
+
+::
+
+      create, open              commit or sync fails
+    ----------------> OPEN -------------------------> FAILED (reads go on, writes raise PoolFailed)
+                       |                                 |
+                       +----------- close ---------------+--> CLOSED (everything raises PoolClosed)
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
+
+from .api import Attachment, Extent, PoolUsage, Progress, Size
+from .catalog import Catalog, LayerRecord
+from .commits import Committer, Housekeeper, drain
+from .engine import Engine, EngineLayer
+from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolExists, PoolReadOnly, ThinpoolError
+from .layer import Layer
+from .metadata import Metadata
+from .poolfiles import PoolFiles
+from .units import format_size, parse_size
+
+CHUNK_SIZE_MIN, CHUNK_SIZE_MAX = 4 << 10, 4 << 20
+LAYER_SIZE_MAX = 1 << 60
+
+
+class Uses(Protocol):
+    """Who uses the layers of a pool as devices and mounts: :class:`thinpool.exports.Uses`."""
+
+    def attach(self, layer: Layer, sector_size: int, owner: int) -> Attachment: ...
+    def detach(self, layer: Layer) -> None: ...
+    def mount(self, layer: Layer, directory: Path, read_only: bool | None, owner: int) -> Attachment: ...
+    def unmount(self, layer: Layer) -> None: ...
+    def attachments(self) -> list[Attachment]: ...
+    def users(self, layer: Layer) -> tuple[str, ...]: ...
+    def layer_resized(self, layer: Layer) -> None: ...
+    def close(self) -> None: ...
+
+
+class Pool:
+    """Layers over one data file and one metadata store; see :class:`thinpool.api.PoolAPI` for the contract.
+
+    A context manager. All methods may be called from any thread. One process at a time has a pool open for writing; any
+    number may read it meanwhile, each the state it found when it opened it.
+    """
+
+    _make_uses: ClassVar[Callable[[Pool], Uses]]
+    _import_raw: ClassVar[Callable[..., Layer]]
+    _export_raw: ClassVar[Callable[..., None]]
+    _import_rootfs: ClassVar[Callable[..., Layer]]
+
+    # --- opening and closing ---
+
+    def __init__(self, files: PoolFiles, *, read_only: bool, background: bool, cache_bytes: int, disk: Any = None) -> None:
+        """Use :meth:`create` or :meth:`open`."""
+        self._files = files
+        self._read_only = read_only
+        self._lock = threading.RLock()
+        self._layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
+        self._uses: Uses | None = None
+        self._closed = False
+        self._store = Metadata(files.meta, read_only=read_only)
+        try:
+            record = self._store.pool_record()
+            self._chunk_size: int = record["chunk_size"]
+            self._catalog = Catalog(self._store.layers())
+            self._committer = Committer(self._store, self._catalog, self._lock)
+            self._engine = Engine(
+                self._committer,
+                data_fd=files.data_fd,
+                chunk_size=self._chunk_size,
+                capacity=record["capacity"],
+                cache_bytes=cache_bytes,
+                read_only=read_only,
+                disk=disk,
+            )
+        except BaseException:
+            self._store.close()
+            raise
+        self._committer.engine = self._engine
+        self._housekeeper: Housekeeper | None = None
+        if not read_only:
+            for layer_id in self._catalog.partial():
+                self._remove(layer_id)
+            if background:
+                self._housekeeper = Housekeeper(self._engine, self._committer, self._store)
+                self._housekeeper.start()
+
+    @classmethod
+    def create(cls, path: str | Path, chunk_size: Size = "64K", capacity: Size = 0) -> Pool:
+        """Makes a pool in a directory that is empty or does not exist, and opens it.
+
+        ``chunk_size``: a power of two from 4K to 4M. ``capacity``: bytes that the layers' data may take; 0: no limit.
+        Raises BadSize, PoolExists, OutOfSpace or PermissionError; the directory is then as it was.
+        """
+        chunk_bytes, capacity_bytes = parse_size(chunk_size), parse_size(capacity)
+        if not CHUNK_SIZE_MIN <= chunk_bytes <= CHUNK_SIZE_MAX or chunk_bytes & (chunk_bytes - 1):
+            raise BadSize(f"the chunk size must be a power of two from 4K to 4M, not {chunk_size}")
+        if 0 < capacity_bytes < chunk_bytes:
+            raise BadSize(f"a capacity of {capacity} holds not even one chunk of {format_size(chunk_bytes)}")
+        files = PoolFiles(Path(path))
+        existed = files.path.exists()
+        files.create()
+        try:
+            store = Metadata(files.meta, create=True)
+            try:
+                store.create_pool(chunk_bytes, capacity_bytes)
+            finally:
+                store.close()
+        except BaseException as error:
+            files.remove()
+            if not existed:
+                files.path.rmdir()
+            raise error
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: str | Path, read_only: bool = False, *, background: bool = True, cache_size: Size = "64M") -> Pool:
+        """Opens a pool; the same time whatever it holds, also after a crash.
+
+        ``background=False`` leaves commits and reclaiming to explicit calls (:meth:`commit`, :meth:`reclaim`); ``cache_size`` bounds
+        the maps in memory. Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
+        """
+        files = PoolFiles(Path(path))
+        files.require_pool()
+        try:
+            if not read_only:
+                files.lock()
+            files.open_data(read_only=read_only)
+            return cls(files, read_only=read_only, background=background, cache_bytes=parse_size(cache_size))
+        except BaseException:
+            files.close()
+            raise
+
+    def close(self) -> None:
+        """Takes down what is attached, commits, and closes. Closing twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        try:
+            if self._uses is not None:
+                self._uses.close()
+            if not self._read_only and not self._engine.info().failed:
+                self._engine.flush()
+                self._close_window()
+        finally:
+            self._engine.close()
+            if self._housekeeper is not None:
+                self._housekeeper.join()
+            self._store.close()
+            self._files.close()
+
+    def _close_window(self) -> None:
+        """After the last commit: the next opening need not take this for a crash."""
+        if not self._engine.info().dirty:
+            self._store.put_window(self._engine.no_window())
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.path}{' (closed)' if self._closed else ''}>"
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise PoolClosed(f"the pool {self.path} is closed")
+
+    def _require_writable(self) -> None:
+        self._require_open()
+        if self._read_only:
+            raise PoolReadOnly(f"the pool {self.path} is open read-only")
+
+    # --- what it is ---
+
+    @property
+    def path(self) -> Path:
+        return self._files.path
+
+    @property
+    def chunk_size(self) -> int:
+        """Bytes."""
+        return self._chunk_size
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    @property
+    def engine(self) -> Engine:
+        """The data plane, for exports that serve layers from C."""
+        return self._engine
+
+    def usage(self) -> PoolUsage:
+        """What the pool takes, in bytes."""
+        self._require_open()
+        info = self._engine.info()
+        return PoolUsage(
+            capacity=info.capacity_chunks * self._chunk_size,
+            allocated=info.allocated_chunks * self._chunk_size,
+            host=self._files.data.stat().st_blocks * 512,
+            metadata=self._store.usage(),
+            layers=len(self._catalog),
+        )
+
+    def set_capacity(self, capacity: Size) -> None:
+        """Bytes that the layers' data may take from now on; 0: no limit. What is there already stays."""
+        self._require_writable()
+        capacity_bytes = parse_size(capacity)
+        if 0 < capacity_bytes < self._chunk_size:
+            raise BadSize(f"a capacity of {capacity} holds not even one chunk of {format_size(self._chunk_size)}")
+        self._store.set_capacity(capacity_bytes)
+        self._engine.set_capacity(capacity_bytes)
+
+    # --- layers ---
+
+    def create_layer(self, name: str, size: Size, *, labels: Mapping[str, str] | None = None) -> Layer:
+        """An empty writable layer; all of it reads as zeros. Raises BadName, LayerExists or BadSize."""
+        self._require_writable()
+        size_bytes = self._layer_size(size)
+        with self._lock:
+            self._catalog.require_free(name)
+            layer_id = self._catalog.new_id()
+            handle = self._engine.create_layer(layer_id, size_bytes)
+            return self._add(handle, LayerRecord(name, None, None, time.time(), dict(labels or {})))
+
+    def branch(self, source: Layer, name: str, size: Size | None, *, sealed: bool, labels: Mapping[str, str] | None) -> Layer:
+        """A snapshot or clone of ``source``; see :class:`Layer`."""
+        self._require_writable()
+        size_bytes = source.size if size is None else self._layer_size(size)
+        if size_bytes < source.size:
+            raise BadSize(f"a clone of {source.name} cannot be smaller than its {source.size} bytes (resize it afterwards)")
+        with self._lock:
+            self._catalog.require_free(name)
+            origin = self._catalog.get(source.id)
+            if origin is None:
+                raise LayerDeleted("the layer was deleted")
+            handle = source.handle.branch(self._catalog.new_id(), size_bytes, sealed=sealed)
+            return self._add(handle, LayerRecord(name, source.id, origin.name, time.time(), dict(labels or {})))
+
+    @staticmethod
+    def _layer_size(size: Size) -> int:
+        size_bytes = parse_size(size)
+        if not 0 < size_bytes <= LAYER_SIZE_MAX:
+            raise BadSize(f"a layer has from 1 byte to 1 EiB, not {size}")
+        return size_bytes
+
+    def _add(self, handle: EngineLayer, record: LayerRecord) -> Layer:
+        self._catalog.add(handle.id, record)
+        layer = self._layers[handle.id] = Layer(self, handle)
+        return layer
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name. Raises :class:`~thinpool.errors.LayerNotFound`."""
+        self._require_open()
+        with self._lock:
+            return self.layer_by_id(self._catalog.find(name))
+
+    def layer_by_id(self, layer_id: int) -> Layer:
+        with self._lock:
+            layer = self._layers.get(layer_id)
+            if layer is None:
+                layer = self._layers[layer_id] = Layer(self, self._engine.layer(layer_id))
+            return layer
+
+    def layers(self) -> list[Layer]:
+        """All layers, oldest first."""
+        self._require_open()
+        with self._lock:
+            return [self.layer_by_id(layer_id) for layer_id in self._catalog.ids()]
+
+    def record(self, layer_id: int) -> LayerRecord | None:
+        """The catalog's record; ``None`` once the layer is deleted."""
+        self._require_open()
+        return self._catalog.get(layer_id)
+
+    def children(self, layer_id: int) -> list[Layer]:
+        with self._lock:
+            return [self.layer_by_id(child) for child in self._catalog.children(layer_id)]
+
+    def rename(self, layer: Layer, name: str) -> None:
+        self._require_writable()
+        with self._lock:
+            if self._catalog.get(layer.id) is None:
+                raise LayerDeleted("the layer was deleted")
+            self._catalog.rename(layer.id, name)
+            self._engine.touch()
+
+    def set_labels(self, layer: Layer, labels: Mapping[str, str]) -> None:
+        self._require_writable()
+        with self._lock:
+            if self._catalog.get(layer.id) is None:
+                raise LayerDeleted("the layer was deleted")
+            self._catalog.set_labels(layer.id, labels)
+            self._engine.touch()
+
+    def delete(self, layer: Layer) -> None:
+        self._require_writable()
+        self.require_unused(layer, "delete")
+        with self._lock:
+            layer.handle.delete()
+            self._catalog.remove(layer.id)
+            self._layers.pop(layer.id, None)
+
+    def _remove(self, layer_id: int) -> None:
+        self.layer_by_id(layer_id).handle.delete()
+        self._catalog.remove(layer_id)
+
+    def diff(self, from_layer: str | Layer, to_layer: str | Layer) -> Iterator[Extent]:
+        """The ranges in which the two may differ; ``kind`` says what ``to_layer`` has there. Costs what differs."""
+        source, target = (self.layer(x) if isinstance(x, str) else x for x in (from_layer, to_layer))
+        for offset, length, data in self._engine.diff(source.handle, target.handle):
+            yield Extent(offset, length, "data" if data else "hole")
+
+    # --- durability ---
+
+    def commit(self) -> None:
+        """Everything done so far survives a power cut. Concurrent commits share one. Raises PoolFailed."""
+        self._require_open()
+        self._engine.flush()
+
+    def reclaim(self) -> None:
+        """Waits until the space of everything deleted is free and given back to the host."""
+        self._require_writable()
+        drain(self._engine)
+
+    # --- fingerprints of chunks, for imports ---
+
+    def find_fingerprint(self, digest: bytes) -> int | None:
+        """A chunk that had this mmh3-128 fingerprint when it was imported: a hint, to be compared."""
+        chunk = self._committer.pending_fingerprint(digest)
+        return self._store.fingerprint(digest) if chunk is None else chunk
+
+    def note_fingerprint(self, digest: bytes, chunk: int) -> None:
+        """Remembers a chunk by its fingerprint, durable with the next commit."""
+        with self._lock:
+            self._committer.fingerprints[digest] = chunk
+
+    # --- what is done with layers: filled in by the modules above this one (thinpool/__init__.py) ---
+
+    @classmethod
+    def register_uses(cls, make: Callable[[Pool], Uses]) -> None:
+        """Sets who attaches and mounts layers."""
+        cls._make_uses = staticmethod(make)
+
+    @classmethod
+    def register_transfers(
+        cls, *, import_raw: Callable[..., Layer], export_raw: Callable[..., None], import_rootfs: Callable[..., Layer]
+    ) -> None:
+        """Sets who moves content in and out."""
+        cls._import_raw, cls._export_raw, cls._import_rootfs = staticmethod(import_raw), staticmethod(export_raw), staticmethod(import_rootfs)
+
+    @property
+    def uses(self) -> Uses:
+        with self._lock:
+            self._require_open()
+            if self._uses is None:
+                self._uses = type(self)._make_uses(self)
+            return self._uses
+
+    def require_unused(self, layer: Layer, verb: str) -> None:
+        """Raises LayerBusy if the layer is attached, mounted or running."""
+        users = self._uses.users(layer) if self._uses is not None else ()
+        if users:
+            raise LayerBusy(f"cannot {verb} layer {layer.name}: used by {', '.join(users)}", users)
+
+    def resized(self, layer: Layer) -> None:
+        if self._uses is not None:
+            self._uses.layer_resized(layer)
+
+    def attachments(self) -> list[Attachment]:
+        """Layers that are attached or mounted."""
+        self._require_open()
+        return [] if self._uses is None else self._uses.attachments()
+
+    def import_raw(
+        self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None
+    ) -> Layer:
+        """A writable layer with the content of a raw image file or block device.
+
+        Holes and zero chunks are skipped, chunks that the pool has already are shared. Raises ImportFailed, OutOfSpace, …; then
+        there is no such layer.
+        """
+        self._require_writable()
+        return type(self)._import_raw(self, Path(path), name, labels=labels, progress=progress)
+
+    def export_raw(self, layer: Layer, path: Path, progress: Progress | None) -> None:
+        type(self)._export_raw(layer, path, progress=progress)
+
+    def import_rootfs(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        size: Size = "10G",
+        filesystem: str = "ext4",
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> Layer:
+        """A sealed layer with a file system of ``size`` bytes that holds the tarball's tree. Needs root. Raises ImportFailed."""
+        self._require_writable()
+        return type(self)._import_rootfs(self, Path(path), name, size=size, filesystem=filesystem, labels=labels, progress=progress)

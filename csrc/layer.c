@@ -113,13 +113,14 @@ int layer_check(const tp_layer *layer, bool writing) {
       break;
     case LAYER_WRITABLE: break;
   }
+  if (writing && layer->pool->stopped) return tp_error_set(TP_ECLOSED);
   if (writing && layer->pool->options.read_only) return tp_error_set(TP_EREADONLY);
   if (writing && layer->pool->failed) return tp_error_set(TP_EFAILED);
   return TP_OK;
 }
 
 static int check_change(const tp_pool *pool) {
-  if (pool->closed) return tp_error_set(TP_ECLOSED);
+  if (pool->closed || pool->stopped) return tp_error_set(TP_ECLOSED);
   if (pool->options.read_only) return tp_error_set(TP_EREADONLY);
   if (pool->failed) return tp_error_set(TP_EFAILED);
   return TP_OK;

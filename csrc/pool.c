@@ -152,43 +152,69 @@ static tp_layer **all_layers(tp_pool *pool, size_t *count) {
   return layers;
 }
 
+/* Takes each layer's lock once: whatever was under way before is done, and sees the flag or the state from then on. */
+static void drain(tp_pool *pool, tp_layer **layers, size_t count, bool closing) {
+  for (size_t k = 0; k < count; k++) {
+    pthread_rwlock_wrlock(&layers[k]->lock);
+    pthread_mutex_lock(&pool->mutex);
+    if (closing && layers[k]->state != LAYER_CLOSED) {
+      layer_drop_slots(layers[k]);
+      layers[k]->state = LAYER_CLOSED;
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    pthread_rwlock_unlock(&layers[k]->lock);
+  }
+}
+
+static void put_all(tp_layer **layers, size_t count) {
+  for (size_t k = 0; k < count; k++) tp_layer_put(layers[k]);
+  free(layers);
+}
+
+void tp_pool_stop(tp_pool *pool) {
+  size_t count;
+  pthread_mutex_lock(&pool->mutex);
+  pool->stopped = true;
+  tp_layer **layers = all_layers(pool, &count);
+  pthread_cond_broadcast(&pool->work);
+  pthread_mutex_unlock(&pool->mutex);
+  drain(pool, layers, count, false);
+  put_all(layers, count);
+}
+
+/* Records deleted but never stored are in no cache. */
+static void free_dead(tp_pool *pool) {
+  for (int which = 0; which < 2; which++) {
+    struct record_list *list = which ? &pool->frozen : &pool->dirty;
+    for (size_t k = 0; k < list->count; k++) {
+      struct record *r = list->items[k];
+      if (!r->dead || (which == 1 && r->dirty)) continue; /* dirty ones were in the first list */
+      if (r->kind == TP_NODE) node_free(as_node(r));
+      else if (r->kind == TP_MAP && r->pins == 0) layer_free(as_layer(r));
+    }
+    list->count = 0;
+  }
+}
+
 void tp_pool_close(tp_pool *pool) {
+  size_t count;
   pthread_mutex_lock(&pool->mutex);
   bool was_closed = pool->closed;
   pool->closed = true; /* no new layer comes into memory from here on */
-  size_t count;
   tp_layer **layers = all_layers(pool, &count);
   pthread_cond_broadcast(&pool->work);
   pthread_cond_broadcast(&pool->committed);
   pthread_mutex_unlock(&pool->mutex);
   if (!was_closed) {
-    for (size_t k = 0; k < count; k++) {
-      pthread_rwlock_wrlock(&layers[k]->lock); /* drains its I/O */
-      pthread_mutex_lock(&pool->mutex);
-      layer_drop_slots(layers[k]);
-      layers[k]->state = LAYER_CLOSED;
-      pthread_mutex_unlock(&pool->mutex);
-      pthread_rwlock_unlock(&layers[k]->lock);
-    }
+    drain(pool, layers, count, true);
     pthread_mutex_lock(&pool->mutex);
-    /* Records deleted but never stored are in no cache. */
-    for (int which = 0; which < 2; which++) {
-      struct record_list *list = which ? &pool->frozen : &pool->dirty;
-      for (size_t k = 0; k < list->count; k++) {
-        struct record *r = list->items[k];
-        bool again = which == 1 && r->dirty; /* it was in the other list too */
-        if (r->dead && r->kind == TP_NODE && !again) node_free(as_node(r));
-        else if (r->dead && r->kind == TP_MAP && !again && r->pins == 0) layer_free(as_layer(r));
-      }
-      list->count = 0;
-    }
+    free_dead(pool);
     cache_free_all(pool);
     space_free(pool);
     pool->space = (struct space){0};
     pthread_mutex_unlock(&pool->mutex);
   }
-  for (size_t k = 0; k < count; k++) tp_layer_put(layers[k]);
-  free(layers);
+  put_all(layers, count);
 }
 
 void pool_unref(tp_pool *pool) {
@@ -250,12 +276,12 @@ int tp_wait_work(tp_pool *pool, int timeout_ms) {
   pthread_mutex_lock(&pool->mutex);
   int rc = 0;
   /* Commits and punches wait for the timer: they get cheaper by the batch. */
-  while (rc == 0 && !pool->closed && !pool->awake &&
+  while (rc == 0 && !pool->stopped && !pool->closed && !pool->awake &&
          (work_to_do(pool) & (TP_WORK_WINDOW | TP_WORK_RECLAIM)) == 0 && !pool_is_overdue(pool)) {
     rc = pthread_cond_timedwait(&pool->work, &pool->mutex, &until);
   }
   pool->awake = false;
-  int work = pool->closed ? TP_ECLOSED : work_to_do(pool);
+  int work = pool->stopped || pool->closed ? tp_error_set(TP_ECLOSED) : work_to_do(pool);
   pthread_mutex_unlock(&pool->mutex);
   return work;
 }

@@ -125,6 +125,7 @@ int tp_is_zero(const void *data, uint64_t length);
 
 /* --- pool --- */
 int tp_pool_open(const tp_options *options, tp_pool **out);
+void tp_pool_stop(tp_pool *pool);     /* drains I/O; nothing changes from now on, so that the commit that follows is the last */
 void tp_pool_close(tp_pool *pool);    /* drains I/O; every later call on its handles is TP_ECLOSED. No commit */
 void tp_pool_put(tp_pool *pool);      /* frees the handle; after tp_pool_close */
 int tp_pool_get_info(tp_pool *pool, tp_pool_info *out);

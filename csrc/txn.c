@@ -166,7 +166,7 @@ static int64_t reclaim_node(tp_pool *pool) {
   if (rc == TP_OK) rc = load_count(pool, TP_NODE_PAGE, id, &count);
   if (rc == TP_OK) rc = node_load_counts(pool, node);
   if (rc != TP_OK) return rc;
-  assert(count == 1); /* I2: the queue's own reference */
+  assert(count == 1 && node->rec.pins == 0); /* I2: the queue's own reference; no layer looks at it any more */
   pool->reclaim.count--;
   pool->reclaim.changed = true;
   record_touch(pool, &node->rec); /* a frozen state may still have it: it is encoded before it is emptied */

@@ -92,7 +92,10 @@ int tp_window_plan(tp_pool *pool, const uint8_t **record, uint64_t *length) {
   /* A page leaves once all it has handed out is committed, and nothing is left in it. */
   for (size_t k = 0; k < space->window_count; k++) {
     struct page *page = space->window[k];
-    if (page->free_count == 0 && page->busy_count == 0 && !record_is_newer(&page->rec)) continue;
+    if (page->free_count == 0 && page->busy_count == 0 && !record_is_newer(&page->rec)) {
+      page->in_window = false; /* what is freed in it from now on is not covered by the record that will be stored */
+      continue;
+    }
     plan_add(space, page);
     planned_free += page->free_count;
   }

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from .catalog import Catalog
-from .engine import NO_READER, WORK_COMMIT, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
+from .engine import WORK_COMMIT, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
 from .errors import PoolClosed, PoolFailed, ThinpoolError
 
 _LOG = logging.getLogger("thinpool")
@@ -75,7 +75,7 @@ class Committer:
             store_txn = 0
             if records_changed:
                 store_txn = self._store.commit(self.engine.encoded(), layers, self._storing)
-            self.engine.release(store_txn, self._store.oldest_reader() if records_changed else NO_READER)
+            self.engine.release(store_txn, self._store.oldest_reader())
             self._storing = {}
         except Exception as error:
             self.engine.fail()
@@ -97,29 +97,33 @@ class Housekeeper(threading.Thread):
         self._engine, self._committer, self._store = engine, committer, store
 
     def run(self) -> None:
+        work, idle = 0, COMMIT_INTERVAL_SECONDS
         while True:
             try:
-                work = self._engine.wait_work(COMMIT_INTERVAL_SECONDS)
-                if work & WORK_WINDOW:
-                    self._committer.extend_window()
-                if work & WORK_RECLAIM:
-                    self._engine.reclaim(_RECLAIM_STEP)
-                    continue  # commits and punches once all is walked, or once it is time to commit
-                if work & WORK_COMMIT:
-                    self._engine.flush()
-                if work & WORK_PUNCH:
-                    self._engine.punch(_PUNCH_STEP_BYTES)
-                    self._store.renew_ballast()
+                work = self._engine.wait_work(idle)
+                idle = self._step(work)
             except PoolClosed:
                 return
             except ThinpoolError as error:
                 _LOG.warning("background work: %s", error)
                 if isinstance(error, PoolFailed):
                     return
+                idle = COMMIT_INTERVAL_SECONDS
 
-    def drain(self) -> None:
-        """Does now, in the caller's thread, what is left to do: all space of deleted layers is free and given back."""
-        drain(self._engine)
+    def _step(self, work: int) -> float:
+        """Does a bounded part of what there is; how long the next wait may be, in seconds."""
+        if work & WORK_WINDOW:
+            self._committer.extend_window()
+        if work & WORK_RECLAIM:
+            self._engine.reclaim(_RECLAIM_STEP)
+            return COMMIT_INTERVAL_SECONDS  # it is woken at once while there is more
+        if work & WORK_COMMIT:
+            self._engine.flush()
+        if work & WORK_PUNCH and self._engine.punch(_PUNCH_STEP_BYTES):
+            return 0.0
+        if work:
+            self._store.renew_ballast()
+        return COMMIT_INTERVAL_SECONDS
 
 
 def drain(engine: Engine) -> None:

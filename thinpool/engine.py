@@ -174,6 +174,10 @@ class Engine:
         self.check(_core.tp_pool_open(options, out))
         self.pointer = _ffi.gc(out[0], _core.tp_pool_put)
 
+    def stop(self) -> None:
+        """Drains I/O; no layer changes from now on. What is to be committed still is."""
+        _core.tp_pool_stop(self.pointer)
+
     def close(self) -> None:
         """Drains I/O; every later call raises :class:`~thinpool.errors.PoolClosed`. Nothing is committed."""
         _core.tp_pool_close(self.pointer)

@@ -114,11 +114,12 @@ class Pool:
                 store.create_pool(chunk_bytes, capacity_bytes)
             finally:
                 store.close()
-        except BaseException as error:
+            files.sync()
+        except BaseException:
             files.remove()
             if not existed:
                 files.path.rmdir()
-            raise error
+            raise
         return cls.open(path)
 
     @classmethod
@@ -148,20 +149,17 @@ class Pool:
         try:
             if self._uses is not None:
                 self._uses.close()
-            if not self._read_only and not self._engine.info().failed:
-                self._engine.flush()
-                self._close_window()
-        finally:
-            self._engine.close()
+            self._engine.stop()
             if self._housekeeper is not None:
                 self._housekeeper.join()
+            if not self._read_only and not self._engine.info().failed:
+                self._engine.flush()
+                # All that was handed out is committed: the next opening need not take this for a crash.
+                self._store.put_window(self._engine.no_window())
+        finally:
+            self._engine.close()
             self._store.close()
             self._files.close()
-
-    def _close_window(self) -> None:
-        """After the last commit: the next opening need not take this for a crash."""
-        if not self._engine.info().dirty:
-            self._store.put_window(self._engine.no_window())
 
     def __enter__(self) -> Pool:
         return self

@@ -38,6 +38,15 @@ class PoolFiles:
         os.close(os.open(self.data, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self.meta.mkdir(mode=0o700)
 
+    def sync(self) -> None:
+        """The files' names survive a power cut."""
+        for directory in (self.meta, self.path, self.path.parent):
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
     def remove(self) -> None:
         """Undoes :meth:`create`."""
         self.data.unlink(missing_ok=True)

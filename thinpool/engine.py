@@ -19,8 +19,8 @@ from . import errors
 from ._core import ffi, lib
 from .api import Buffer
 
-_core = cast(Any, lib)
-_ffi = cast(Any, ffi)
+_core = lib
+_ffi = ffi
 
 NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE = range(1, 7)
 """Record kinds (``enum tp_kind``)."""
@@ -221,14 +221,11 @@ class Engine:
         return 0
 
     def _fetch(self, kind: int, key: int, buf: Any, capacity: int, length: Any) -> int:
-        def fetch() -> None:
-            nonlocal value
-            value = self.store.fetch(kind, key)
-
-        value: bytes | memoryview | None = None
-        rc = self._guarded(fetch)
+        found: list[bytes | memoryview | None] = []
+        rc = self._guarded(lambda: found.append(self.store.fetch(kind, key)))
         if rc != 0:
             return rc
+        value = found[0]
         if value is None:
             return int(_core.TP_ENOENT)
         length[0] = len(value)

@@ -14,14 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 from weakref import WeakValueDictionary
 
 from .api import Attachment, Extent, PoolUsage, Progress, Size
 from .catalog import Catalog, LayerRecord
 from .commits import Committer, Housekeeper, drain
 from .engine import Engine, EngineLayer
-from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolExists, PoolReadOnly, ThinpoolError
+from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly
 from .layer import Layer
 from .metadata import Metadata
 from .poolfiles import PoolFiles
@@ -161,7 +161,7 @@ class Pool:
             self._store.close()
             self._files.close()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

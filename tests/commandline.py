@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 DEADLINE_SECONDS = 30.0
+PROGRAMS = ("/bin/sh", "/bin/cat", "/bin/ls", "/bin/rm", "/bin/sleep", "/bin/hostname")
 
 
 def wait_until(what: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> None:
@@ -20,6 +22,26 @@ def wait_until(what: Callable[[], bool], seconds: float = DEADLINE_SECONDS) -> N
     while not what():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def shared_objects(program: str) -> set[str]:
+    """The libraries and the loader that a program of this host needs."""
+    words = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout.split()
+    return {word for word in words if word.startswith("/")}
+
+
+def make_rootfs(directory: Path) -> Path:
+    """A tarball of a root file system with a shell and a few programs of this host."""
+    path = directory / "rootfs.tar.gz"
+    files = set(PROGRAMS).union(*map(shared_objects, PROGRAMS))
+    with tarfile.open(path, "w:gz", compresslevel=1, dereference=True) as archive:
+        for name in ("etc", "proc", "sys", "dev", "tmp"):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(entry)
+        for file in sorted(files):
+            archive.add(file)
+    return path
 
 
 class Command:

@@ -8,40 +8,21 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commandline import Command, wait_until
+from commandline import Command, make_rootfs, wait_until
 
 import thinpool
 from thinpool.server.client import RemotePool
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: loop devices, mounts and namespaces")
 
-PROGRAMS = ("/bin/sh", "/bin/cat", "/bin/ls", "/bin/rm", "/bin/sleep", "/bin/hostname")
 
-
-def shared_objects(program: str) -> set[str]:
-    """The libraries and the loader that a program of this host needs."""
-    words = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout.split()
-    return {word for word in words if word.startswith("/")}
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root file system with a shell and a few programs of this host."""
-    path = tmp_path_factory.mktemp("rootfs") / "rootfs.tar.gz"
-    files = set(PROGRAMS).union(*map(shared_objects, PROGRAMS))
-    with tarfile.open(path, "w:gz", compresslevel=1, dereference=True) as archive:
-        for directory in ("etc", "proc", "sys", "dev", "tmp"):
-            entry = tarfile.TarInfo(directory)
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
-            archive.addfile(entry)
-        for file in sorted(files):
-            archive.add(file)
-    return path
+    return make_rootfs(tmp_path_factory.mktemp("rootfs"))
 
 
 def in_use(directory: Path) -> list[str]:
@@ -77,9 +58,7 @@ def test_a_device_outlives_the_verb(command: Command) -> None:
     device = command("attach", "disk").strip()
     assert Path(device).is_block_device()
     subprocess.run(["mkfs.ext4", "-q", device], check=True)
-    assert command.json("ps") == [
-        {"layer": "disk", "device": device, "mountpoint": None, "purpose": "attach", "owner": 0, "container": None}
-    ]
+    assert command.json("ps") == [{"layer": "disk", "device": device, "mountpoint": None, "purpose": "attach", "owner": 0, "container": None}]
     assert command.json("ls")[0]["used_by"] == [device]
     refused = command.start("rm", "disk")
     assert refused.returncode == 4 and device in refused.stderr

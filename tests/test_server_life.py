@@ -197,8 +197,7 @@ def test_twenty_verbs_at_once(path: Path, with_server: bool) -> None:
     keeper = connect(path, server=True) if with_server else None
     command = Command(path.parent)
     verbs = [
-        subprocess.Popen(command.words("create", f"layer-{number}", "1M"), env=command.environment, stderr=subprocess.PIPE, text=True)
-        for number in range(20)
+        subprocess.Popen(command.words("create", f"layer-{number}", "1M"), env=command.environment, stderr=subprocess.PIPE, text=True) for number in range(20)
     ]
     errors = [verb.communicate(timeout=120)[1] for verb in verbs]
     assert errors == [""] * 20

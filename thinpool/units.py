@@ -40,6 +40,5 @@ def format_size(size_bytes: int) -> str:
         if abs(value) < 1024 or unit == "P":
             break
         value /= 1024
-    if unit == "" or value >= 100:
-        return f"{value:.0f}{unit}"
-    return f"{value:.1f}{unit}" if value >= 10 else f"{value:.2f}{unit}".replace(".00", "")
+    text = f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + unit

@@ -63,9 +63,7 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _before_the_verb(
     ctx: typer.Context,
-    pool: Annotated[
-        Path | None, typer.Option("--pool", metavar="DIR", envvar="THINPOOL_POOL", help="The pool's directory.", show_default=False)
-    ] = None,
+    pool: Annotated[Path | None, typer.Option("--pool", metavar="DIR", envvar="THINPOOL_POOL", help="The pool's directory.", show_default=False)] = None,
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     ctx.obj = pool

@@ -19,9 +19,7 @@ _SUFFIXES = (".gz", ".xz", ".zst", ".bz2", ".tgz", ".txz", ".tar", ".img", ".raw
 def import_file(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A root file system tarball, or a raw image or device.", show_default=False)],
-    name: Annotated[
-        str | None, typer.Option(help="The layer's name. Default: the file's, without .tar.gz and the like.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="The layer's name. Default: the file's, without .tar.gz and the like.", show_default=False)] = None,
     size: Annotated[str, typer.Option(help="Of a tarball's file system.")] = "10G",
     fs: Annotated[str, typer.Option(help="Of a tarball: ext4 or xfs.")] = "ext4",
     raw: Annotated[bool, typer.Option("--raw", help="It is a raw image, whatever it looks like.")] = False,
@@ -29,7 +27,7 @@ def import_file(
     label: options.Labels = None,
     pool: options.Pool = None,
 ) -> None:
-    """Take in a root file system tarball or a raw image as a sealed layer."""
+    """Take in a root file system tarball as a sealed layer, or a raw image as a writable one."""
     if raw and rootfs:
         raise typer.BadParameter("--raw and --rootfs exclude each other")
     as_rootfs = rootfs or (not raw and looks_like_tarball(file))

@@ -88,10 +88,8 @@ class RemotePool:
         """Sets the most that chunks may take; 0 for no limit. Raises BadSize."""
         self._transport.json("POST", "/pool/capacity", {"capacity": capacity})
 
-    def import_raw(
-        self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None
-    ) -> RemoteLayer:
-        """Takes in a raw image file or block device as a sealed layer. Raises LayerExists, ImportFailed."""
+    def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> RemoteLayer:
+        """A writable layer with the content of a raw image file or block device. Raises LayerExists, ImportFailed."""
         body = {"path": os.path.abspath(path), "name": name, "labels": _plain(labels)}
         return self._layer(_work(self._transport.lines("POST", "/import/raw", body), progress))
 
@@ -105,7 +103,7 @@ class RemotePool:
         labels: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> RemoteLayer:
-        """Takes in a root file system tarball as a sealed layer with a file system. Raises LayerExists, ImportFailed."""
+        """A sealed layer with a file system that holds a tarball's tree. Raises LayerExists, ImportFailed."""
         body = {"path": os.path.abspath(path), "name": name, "size": size, "filesystem": filesystem, "labels": _plain(labels)}
         return self._layer(_work(self._transport.lines("POST", "/import/rootfs", body), progress))
 

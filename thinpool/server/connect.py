@@ -102,9 +102,7 @@ def _start(path: Path) -> None:
         command = [sys.executable, "-m", "thinpool.server", os.path.abspath(path), str(child_fd)]
         try:
             # Its standard error is ours until it has the pool and with it a log.
-            starting = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True
-            )
+            starting = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True)
         finally:
             os.close(child_fd)
         starting.wait()  # short: it goes on in a child of its own

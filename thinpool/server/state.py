@@ -72,7 +72,7 @@ class LayerTable:
         if layer is None:
             layer = next((one for one in self._pool.layers() if one.id == layer_id), None)
             if layer is None:
-                raise LayerDeleted(f"layer {layer_id} was deleted")
+                raise LayerDeleted("the layer was deleted")
             self._layers[layer_id] = layer
         return layer
 

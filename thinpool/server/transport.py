@@ -119,9 +119,7 @@ class Transport:
         self._put_back(connection)
         return answer
 
-    def _send(
-        self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]
-    ) -> tuple[_Connection, http.client.HTTPResponse]:
+    def _send(self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]) -> tuple[_Connection, http.client.HTTPResponse]:
         connection = self._take()
         url = f"{API}{route}?{urlencode(query)}" if query else API + route
         try:

@@ -18,6 +18,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -79,6 +80,9 @@ static void serve(struct fuse_worker *worker, size_t length) {
 
 static void *work(void *argument) {
   struct fuse_worker *worker = argument;
+  /* What is mounted on our files writes back through this thread: while memory is short, it must not wait for that
+   * write-back itself. Without root it is not allowed, nor needed: then nothing is mounted. */
+  (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
   for (;;) {
     ssize_t length = read(worker->fd, worker->payload - HEAD_SIZE, HEAD_SIZE + FUSE_IO_MAX);
     if (length > 0) {

@@ -1,0 +1,260 @@
+"""What layers are used for: block devices and mounts (:class:`Uses`), and raw image files (:mod:`.raw`).
+
+How the pieces hang together, from the bottom::
+
+    layer -> file in the FUSE tree (fuse) -> loop device (loop) -> mount (mounts)
+
+and who takes them down (takedown): :class:`Uses`, when asked, when an owner ends (owners), when the pool is closed; the
+guard process (guard), when this process dies; the next process, when the guard died too.
+
+The life of a use::
+
+    STARTING --> UP --> ENDING --> gone
+        |         ^       |
+        +-> gone  +-------+ (busy: it stays)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..api import Attachment
+from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolReadOnly, ThinpoolError, ToolFailed
+from . import loop
+from .fuse import NEEDS_ROOT, LayerTree
+from .guard import Guard
+from .mounts import filesystem_of, mount_filesystem, unmount_filesystem
+from .owners import Owners
+from .takedown import backing_file, device_number, remove_mountpoint, take_down_device
+
+if TYPE_CHECKING:
+    from ..layer import Layer
+    from ..pool import Pool
+
+_SECTOR_SIZES = (512, 4096)
+
+
+@dataclass(slots=True)
+class _Use:
+    layer: Layer
+    purpose: str
+    owner: int
+    mountpoint: str | None
+    state: str = "starting"
+    owner_ended: bool = False
+    device: str = ""
+    file: int = -1  # O_PATH descriptor of the layer's file: to have its attributes looked at without asking for its name
+
+    @property
+    def container(self) -> str | None:
+        return os.path.basename(self.mountpoint) if self.mountpoint and self.purpose == "run" else None
+
+    def __str__(self) -> str:
+        if self.container:
+            return f"container {self.container}"
+        return f"mount on {self.mountpoint}" if self.mountpoint else f"block device {self.device}".rstrip()
+
+
+class Uses:
+    """The attachments of one pool: made, found, taken down. All methods may be called from any thread."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._run = os.path.realpath(pool.path / "run")
+        self._lock = threading.Lock()  # of the table and the states; never held while the kernel works
+        self._settled = threading.Condition(self._lock)  # a use is no longer starting or ending
+        self._uses: dict[int, _Use] = {}  # by layer id
+        self._closing = False
+        self._tree_lock = threading.Lock()
+        self._tree: LayerTree | None = None
+        self._guard: Guard | None = None
+        self._owners: Owners[_Use] = Owners(self._owner_ended)
+
+    # --- what there is ---
+
+    def attachments(self) -> list[Attachment]:
+        """What is attached or mounted now."""
+        with self._lock:
+            uses = [use for use in self._uses.values() if use.state != "starting"]
+        return [_attachment(use) for use in uses]
+
+    def users(self, layer: Layer) -> tuple[str, ...]:
+        """What a layer is used for, in words; nothing: it is free."""
+        with self._lock:
+            use = self._uses.get(layer.id)
+        return () if use is None else (str(use),)
+
+    # --- making and ending uses ---
+
+    def attach(self, layer: Layer, sector_size: int = 512, owner: int = 0) -> Attachment:
+        """Put a loop device on a layer. Raises NeedsRoot, LayerBusy, LayerState, BadSize or ToolFailed."""
+        if sector_size not in _SECTOR_SIZES:
+            raise BadSize(f"a block device has sectors of 512 or 4096 bytes, not {sector_size}")
+        if layer.size % sector_size:
+            raise LayerState(f"layer {layer.name!r} has {layer.size} bytes, which is not a whole number of {sector_size}-byte sectors")
+        with self._starting(_Use(layer, "attach", owner, None)) as use:
+            self._put_device(use, sector_size)
+        return _attachment(use)
+
+    def mount(self, layer: Layer, directory: Path, read_only: bool | None = None, owner: int = 0) -> Attachment:
+        """Mount a layer's file system; ``read_only`` ``None``: if the layer is sealed.
+
+        A directory in ``run/containers`` of the pool is a container's: it is made, and removed by :meth:`unmount`. Raises what
+        :meth:`attach` raises, and LayerState for a layer without a file system or a sealed one to be written.
+        """
+        if layer.sealed and read_only is False:
+            raise LayerState(f"layer {layer.name!r} is sealed and can only be mounted read-only; mount a clone of it to write")
+        filesystem_of(layer)
+        mountpoint = os.path.realpath(directory)
+        in_container = os.path.dirname(mountpoint) == os.path.join(self._run, "containers")
+        with self._starting(_Use(layer, "run" if in_container else "mount", owner, mountpoint)) as use:
+            if in_container:
+                os.makedirs(mountpoint, mode=0o700, exist_ok=True)
+            if not os.path.isdir(mountpoint):
+                raise ToolFailed(f"cannot mount on {directory}: it is not a directory; make it first")
+            self._put_device(use, 512)  # which any file system takes, whatever it was made on
+            mount_filesystem(layer, use.device, mountpoint, layer.sealed or bool(read_only))
+        return _attachment(use)
+
+    def detach(self, layer: Layer) -> None:
+        """Take a layer's block device away. Raises LayerState where there is none, LayerBusy while it is in use."""
+        self._end(layer, mounted=False)
+
+    def unmount(self, layer: Layer) -> None:
+        """Unmount a layer and take its device away. Raises LayerState where it is not mounted, LayerBusy while it is in use."""
+        self._end(layer, mounted=True)
+
+    def layer_resized(self, layer: Layer) -> None:
+        """Let the kernel see a layer's new size, and the content that a reset gave it."""
+        tree = self._tree
+        if tree is None:
+            return
+        tree.resized(layer.id)
+        with self._lock:
+            use = self._uses.get(layer.id)
+            ready = use is not None and use.state == "up"
+        if use is not None and ready:
+            os.fstat(use.file)  # loop devices of older kernels take the size that was last seen
+            loop.update_capacity(use.device)
+
+    def close(self) -> None:
+        """Take everything down, by force where it must be."""
+        with self._lock:
+            self._closing = True
+            self._settled.wait_for(lambda: all(use.state == "up" for use in self._uses.values()))
+            uses = list(self._uses.values())
+        self._owners.close()
+        for use in reversed(uses):
+            self._force(use)
+        with self._tree_lock:
+            if self._tree is not None:
+                self._tree.close()
+                self._tree = None
+            if self._guard is not None:
+                self._guard.close()
+                self._guard = None
+
+    # --- how ---
+
+    @contextmanager
+    def _starting(self, use: _Use) -> Iterator[_Use]:
+        """Keep the layer for this use while it is being made, and take down what was made if that fails."""
+        if self._pool.read_only:
+            raise PoolReadOnly(f"the pool {self._pool.path} is open read-only: its layers cannot be attached or mounted")
+        if os.geteuid() != 0:
+            raise NeedsRoot(NEEDS_ROOT)
+        with self._lock:
+            if self._closing:
+                raise PoolClosed(f"the pool {self._pool.path} is closed")
+            there = self._uses.get(use.layer.id)
+            if there is not None:
+                raise LayerBusy(f"layer {use.layer.name!r} is in use already: {there}", (str(there),))
+            self._uses[use.layer.id] = use
+        try:
+            if use.owner:
+                self._owners.watch(use.owner, use)
+            yield use
+        except BaseException:
+            self._force(use)
+            raise
+        if self._settle(use):
+            raise LayerState(f"process {use.owner}, which was to own it, has ended")
+
+    def _settle(self, use: _Use) -> bool:
+        """The use is up (again), or, when its owner ended meanwhile, taken down; true if so."""
+        with self._lock:
+            if not use.owner_ended:
+                use.state = "up"
+                self._settled.notify_all()
+                return False
+        self._force(use)
+        return True
+
+    def _put_device(self, use: _Use, sector_size: int) -> None:
+        path = self._running_tree().file(use.layer.name)
+        use.file = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        use.device = loop.attach(path, sector_size, use.layer.sealed)
+
+    def _running_tree(self) -> LayerTree:
+        with self._tree_lock:
+            if self._closing:
+                raise PoolClosed(f"the pool {self._pool.path} is closed")
+            if self._tree is None:
+                if self._guard is None:
+                    self._guard = Guard(self._run)
+                self._tree = LayerTree(self._pool)
+            return self._tree
+
+    def _end(self, layer: Layer, *, mounted: bool) -> None:
+        with self._lock:
+            use = self._uses.get(layer.id)
+            if use is None or use.state != "up" or (use.mountpoint is not None) != mounted:
+                what = "mounted" if mounted else "attached"
+                raise LayerState(f"layer {layer.name!r} is not {what}" + (f", it is in use otherwise: {use}" if use else ""))
+            use.state = "ending"
+        try:
+            if backing_file(device_number(use.device), self._run) is not None:  # else somebody has taken it down by hand
+                if use.mountpoint is not None:
+                    unmount_filesystem(use.mountpoint, use.device)
+                loop.detach(use.device)
+        except BaseException:
+            if not self._settle(use):
+                raise
+        else:
+            self._forget(use)
+
+    def _forget(self, use: _Use) -> None:
+        if use.file >= 0:
+            os.close(use.file)
+            use.file = -1
+        if use.mountpoint is not None:
+            remove_mountpoint(self._run, use.mountpoint)
+        if use.owner:
+            self._owners.forget(use)
+        with self._lock:
+            self._uses.pop(use.layer.id, None)
+            self._settled.notify_all()
+
+    def _force(self, use: _Use) -> None:
+        """Take a use down whoever is still in it: that goes when they go."""
+        if use.device:
+            take_down_device(device_number(use.device), self._run)
+        self._forget(use)
+
+    def _owner_ended(self, use: _Use) -> None:
+        with self._lock:
+            use.owner_ended = True
+            if use.state != "up":
+                return  # whoever is at work on it finds out when he is done
+            use.state = "ending"
+        self._force(use)
+
+
+def _attachment(use: _Use) -> Attachment:
+    return Attachment(use.layer.name, use.device, use.mountpoint, use.purpose, use.owner, use.container)

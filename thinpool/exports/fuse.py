@@ -1,0 +1,151 @@
+"""The FUSE tree: a directory with one live file per layer, served by threads of the C core.
+
+Mounted at ``run/layers`` in the pool's directory for root and nobody else. Names are the layers', with ``/`` as
+``%2F``. Python is asked only for names; data never passes through it.
+
+The process that serves the tree must not wait for it while it holds the GIL, or the answer may never come. Calls of
+:mod:`os` and through cffi and ctypes all let go of it. Nor must it wait for a *name* in the tree while it holds the pool's
+lock; an open file (:meth:`LayerTree.open`) and the engine's own figures need no lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..engine import _core, _ffi
+from ..errors import LayerNotFound, NeedsRoot, ToolFailed
+from .takedown import MNT_DETACH, MNT_FORCE, TREE_TYPE, mount, umount
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..pool import Pool
+
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024  # include/uapi/linux/mount.h
+# Each sleeps in the kernel until there is work, or waits for the host's disk; more would only cost memory.
+_THREADS = min(max(4 * (os.cpu_count() or 1), 4), 16)
+
+NEEDS_ROOT = (
+    "block devices and mounts need root: the kernel asks for it. Without root, layers can be made, snapshotted, read, written (pread, pwrite, open), "
+    "imported, exported with export_raw, and served by `thinpool serve`"
+)
+
+
+def file_name(layer_name: str) -> str:
+    """A layer's file in the tree."""
+    return layer_name.replace("/", "%2F")
+
+
+class LayerTree:
+    """The mounted tree of one pool."""
+
+    def __init__(self, pool: Pool) -> None:
+        """Mounts and serves it. Raises NeedsRoot, and ToolFailed where the kernel has no FUSE."""
+        self.path = os.path.realpath(pool.path / "run" / "layers")
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        try:
+            self._descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise ToolFailed(f"no FUSE here (/dev/fuse: {error.strerror}): modprobe fuse, or give the container the device") from error
+        try:
+            self._mount(pool.path)
+            self._server = _Server(pool, self._descriptor)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _mount(self, pool_path: Path) -> None:
+        flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
+        options = f"fd={self._descriptor},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+        try:
+            mount(str(pool_path), self.path, TREE_TYPE, flags, options)
+        except PermissionError as error:
+            raise NeedsRoot(NEEDS_ROOT) from error
+        except OSError as error:
+            raise ToolFailed(f"cannot mount the layers' files on {self.path}: {error.strerror}") from error
+
+    def file(self, layer_name: str) -> str:
+        """The path of a layer's file."""
+        return os.path.join(self.path, file_name(layer_name))
+
+    def resized(self, layer_id: int) -> None:
+        """Lets the kernel forget the size that a layer's file had."""
+        self._server.resized(layer_id)
+
+    def close(self) -> None:
+        """Unmounts the tree. Who still has a file of it open gets errors from now on."""
+        try:
+            umount(self.path, MNT_FORCE)
+        except OSError:
+            try:
+                umount(self.path, MNT_DETACH)
+            except OSError:
+                pass  # unmounted by somebody else
+        self._server.stop()
+        os.close(self._descriptor)
+
+
+class _Server:
+    """The threads that serve the tree (csrc/fuse.c)."""
+
+    def __init__(self, pool: Pool, descriptor: int) -> None:
+        engine: Engine = pool.engine
+        self._names = _Names(pool)
+        self._handle = _ffi.new_handle(self._names)
+        callbacks = _ffi.new("tp_fuse_callbacks *", {"ctx": self._handle, "lookup": _core.tp_py_fuse_lookup, "list": _core.tp_py_fuse_list})
+        out = _ffi.new("tp_fuse **")
+        engine.check(_core.tp_fuse_start(engine.pointer, descriptor, _THREADS, callbacks, out))
+        self._pointer = out[0]
+
+    def resized(self, layer_id: int) -> None:
+        _core.tp_fuse_resized(self._pointer, layer_id)
+
+    def stop(self) -> None:
+        """Waits for the threads, which end with the connection."""
+        _core.tp_fuse_stop(self._pointer)
+
+
+class _Names:
+    """What the C side asks: the layers' names and ids."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def find(self, name: str) -> int:
+        layer_name = name.replace("%2F", "/")
+        if file_name(layer_name) != name:
+            raise LayerNotFound(f"no layer has the file name {name!r}")
+        return self._pool.layer(layer_name).id
+
+    def from_id(self, first: int) -> list[tuple[int, str]]:
+        return sorted((layer.id, file_name(layer.name)) for layer in self._pool.layers() if layer.id >= first)
+
+
+def _answer(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except LayerNotFound:
+        return int(_core.TP_ENOENT)
+    except Exception:
+        return int(_core.TP_ECALLBACK)
+    return 0
+
+
+@_ffi.def_extern(error=_core.TP_ECALLBACK)  # type: ignore[untyped-decorator]
+def tp_py_fuse_lookup(ctx: Any, name: Any, layer_id: Any) -> int:
+    def find() -> None:
+        layer_id[0] = cast(_Names, _ffi.from_handle(ctx)).find(_ffi.string(name).decode(errors="replace"))
+
+    return _answer(find)
+
+
+@_ffi.def_extern(error=_core.TP_ECALLBACK)  # type: ignore[untyped-decorator]
+def tp_py_fuse_list(ctx: Any, first: int, out: Any) -> int:
+    def add() -> None:
+        for layer_id, name in cast(_Names, _ffi.from_handle(ctx)).from_id(first):
+            if not _core.tp_fuse_list(out, layer_id, name.encode()):
+                break
+
+    return _answer(add)

@@ -38,11 +38,11 @@ class ThinpoolError(Exception):
     os_errno: int = 0
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
         if isinstance(self, OSError):
-            self.errno = self.os_errno or errno.EIO
-            self.strerror = message
+            OSError.__init__(self, self.os_errno or errno.EIO, message)
+        else:
+            super().__init__(message)
+        self.message = message
 
     def __str__(self) -> str:
         return self.message

@@ -1,9 +1,7 @@
-"""A layer of a pool in this process: :class:`Layer`, and :class:`LayerFile`, a file object on one."""
+"""A layer of a pool in this process: :class:`Layer`."""
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING
 from .api import Attachment, Buffer, Extent, Progress, Size, Usage
 from .catalog import LayerRecord
 from .engine import EngineLayer
-from .errors import BadSize, LayerDeleted, LayerState, OutOfRange, PoolClosed
+from .errors import BadSize, LayerDeleted, LayerState
+from .layerfile import LayerFile
 from .units import parse_size
 
 if TYPE_CHECKING:
@@ -224,71 +223,3 @@ class Layer:
     def handle(self) -> EngineLayer:
         """The engine's handle, for exports that serve the layer from C."""
         return self._handle
-
-
-class LayerFile(io.RawIOBase):
-    """A layer as a file: reads, writes, seeks; its size is the layer's and does not change by writing."""
-
-    def __init__(self, layer: Layer, mode: str) -> None:
-        super().__init__()
-        if mode not in ("rb", "r+b", "rb+"):
-            raise ValueError(f'a layer opens as "rb" or "r+b", not {mode!r}')
-        self._layer = layer
-        self._writable = "+" in mode
-        if self._writable and layer.sealed:
-            layer.handle.write(b"", 0)  # says why not
-        self._position = 0
-        self.name = layer.name
-        self.mode = "rb+" if self._writable else "rb"
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return self._writable
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._layer.size}.get(whence)
-        if base is None:
-            raise ValueError(f"whence must be 0, 1 or 2, not {whence}")
-        if base + offset < 0:
-            raise OutOfRange(f"a position before the start: {base + offset}")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Buffer) -> int:  # type: ignore[override]
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._layer.size - self._position))
-        if count:
-            self._layer.pread_into(view[:count], self._position)
-            self._position += count
-        return count
-
-    def write(self, data: Buffer) -> int:  # type: ignore[override]
-        if not self._writable:
-            raise io.UnsupportedOperation("not open for writing")
-        count = self._layer.pwrite(data, self._position)
-        self._position += count
-        return count
-
-    def truncate(self, size: int | None = None) -> int:
-        if size is not None and size != self._layer.size:
-            raise io.UnsupportedOperation("a layer's size is changed by resize()")
-        return self._layer.size
-
-    def close(self) -> None:
-        """Flushes the layer if it was open for writing."""
-        if not self.closed:
-            try:
-                if self._writable:
-                    self._layer.flush()
-            except (PoolClosed, LayerDeleted):
-                pass
-            finally:
-                super().close()

@@ -171,9 +171,7 @@ class Metadata:
         value = frame(POOL, _POOL_KEY, json.dumps(record).encode())
         self._write(lambda txn: txn.put(_POOL_KEY, value, db=self._dbs[POOL]))
 
-    def commit(
-        self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]
-    ) -> int:
+    def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int:
         """One durable transaction of everything; returns LMDB's number of it. A layer whose record is ``None`` is deleted."""
         puts: dict[int, list[tuple[bytes, bytes]]] = {kind: [] for kind in self._dbs}
         deletes: list[tuple[int, bytes]] = []
@@ -220,8 +218,7 @@ class Metadata:
             try:
                 with _lmdb_errors(self.path), self._env.begin(write=True) as txn:
                     write(txn)
-                    number = int(txn.id())
-                return number
+                    return int(txn.id())
             except lmdb.MapFullError:
                 self._grow()
             except OutOfSpace:

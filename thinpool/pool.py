@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 from weakref import WeakValueDictionary
 
-from .api import Attachment, Extent, PoolUsage, Progress, Size
+from .api import Attachment, Extent, LayerAPI, PoolUsage, Progress, Size
 from .catalog import Catalog, LayerRecord
 from .commits import Committer, Housekeeper, drain
 from .engine import Engine, EngineLayer
@@ -314,9 +314,9 @@ class Pool:
         self.layer_by_id(layer_id).handle.delete()
         self._catalog.remove(layer_id)
 
-    def diff(self, from_layer: str | Layer, to_layer: str | Layer) -> Iterator[Extent]:
+    def diff(self, from_layer: str | LayerAPI, to_layer: str | LayerAPI) -> Iterator[Extent]:
         """The ranges in which the two may differ; ``kind`` says what ``to_layer`` has there. Costs what differs."""
-        source, target = (self.layer(x) if isinstance(x, str) else x for x in (from_layer, to_layer))
+        source, target = (self.layer(x if isinstance(x, str) else x.name) for x in (from_layer, to_layer))
         for offset, length, data in self._engine.diff(source.handle, target.handle):
             yield Extent(offset, length, "data" if data else "hole")
 
@@ -352,9 +352,7 @@ class Pool:
         cls._make_uses = staticmethod(make)
 
     @classmethod
-    def register_transfers(
-        cls, *, import_raw: Callable[..., Layer], export_raw: Callable[..., None], import_rootfs: Callable[..., Layer]
-    ) -> None:
+    def register_transfers(cls, *, import_raw: Callable[..., Layer], export_raw: Callable[..., None], import_rootfs: Callable[..., Layer]) -> None:
         """Sets who moves content in and out."""
         cls._import_raw, cls._export_raw, cls._import_rootfs = staticmethod(import_raw), staticmethod(export_raw), staticmethod(import_rootfs)
 
@@ -381,9 +379,7 @@ class Pool:
         self._require_open()
         return [] if self._uses is None else self._uses.attachments()
 
-    def import_raw(
-        self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None
-    ) -> Layer:
+    def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> Layer:
         """A writable layer with the content of a raw image file or block device.
 
         Holes and zero chunks are skipped, chunks that the pool has already are shared. Raises ImportFailed, OutOfSpace, …; then

@@ -260,7 +260,7 @@ class RemoteLayer:
 
     def open(self, mode: str = "rb") -> io.RawIOBase:
         """A seekable binary file over the layer (``rb`` or ``r+b``)."""
-        from ..layer import LayerFile
+        from ..layerfile import LayerFile
 
         return LayerFile(self, mode)
 

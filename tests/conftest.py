@@ -1,0 +1,79 @@
+"""What all tests share: pools in temporary directories, skips that say what is missing, and a check that nothing leaks.
+
+Where ``CI`` is set everything that a test can need is there, so a skip counts as a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+import thinpool
+
+CI = bool(os.environ.get("CI"))
+
+hypothesis.settings.register_profile("thinpool", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("thinpool")
+
+
+def missing(*tools: str, root: bool = False) -> str | None:
+    """What of it this machine lacks, in words; ``None``: nothing."""
+    lacking = [tool for tool in tools if shutil.which(tool, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None]
+    if root and os.geteuid() != 0:
+        lacking.insert(0, "root")
+    return f"needs {', '.join(lacking)}" if lacking else None
+
+
+def needs_root() -> pytest.MarkDecorator:
+    """Skips a test without root, which loop devices, mounts and namespaces want."""
+    return pytest.mark.skipif(missing(root=True) is not None, reason="needs root")
+
+
+def needs_tool(*tools: str) -> pytest.MarkDecorator:
+    """Skips a test where a program of the host is not installed."""
+    lacking = missing(*tools)
+    return pytest.mark.skipif(lacking is not None, reason=lacking or "")
+
+
+@pytest.fixture
+def pool_path(tmp_path: Path) -> Path:
+    """Where a test may make its pool."""
+    return tmp_path / "pool"
+
+
+@pytest.fixture
+def pool(pool_path: Path) -> Iterator[thinpool.Pool]:
+    """An open pool of 64 KiB chunks."""
+    with thinpool.Pool.create(pool_path) as pool:
+        yield pool
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped in CI, where nothing may be missing: {reason}"
+    return report
+
+
+def _leftovers(root: str) -> list[str]:
+    """Mounts and loop devices over files below ``root``."""
+    found = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines() if root in line]
+    loops = subprocess.run(["losetup", "-nO", "NAME,BACK-FILE"], capture_output=True, text=True, check=False)
+    return found + [line for line in loops.stdout.splitlines() if root in line]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    root = str(tmp_path_factory.getbasetemp())
+    yield
+    left = _leftovers(root)
+    assert not left, f"left behind by the tests: {left}"

@@ -57,7 +57,7 @@ def pattern_of(expected: str) -> re.Pattern[str]:
 
 def run_session(steps: list[Step], directory: Path, environment: dict[str, str]) -> list[tuple[int, str]]:
     """Status and output of each step, all typed into one shell."""
-    script = "".join(f"{step.script}\necho; echo {_END} $?\n" for step in steps)
+    script = "".join(f"{step.script}\nprintf '\\n%s %s\\n' '{_END}' $?\n" for step in steps)
     done = subprocess.run(
         ["bash"], input=script, cwd=directory, env=environment, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,

@@ -54,9 +54,9 @@ for _panel, _verbs in _VERBS.items():
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from .. import __version__
 
-        print(f"thinpool {version('thinpool')}")
+        print(f"thinpool {__version__}")
         raise typer.Exit
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..api import Attachment, PoolAPI
+from ..catalog import PARTIAL_LABEL
 from ..server.client import RemotePool
 from ..server.wire import LayerRecord, records_of
 from ..units import format_size
@@ -41,7 +42,7 @@ def ls(
     for branch, record in _tree(shown):
         assert record.usage is not None
         sizes = (record.usage.virtual, record.usage.mapped, record.usage.exclusive, record.usage.shared)
-        kind = "sealed" if record.sealed else "writable"
+        kind = "importing" if PARTIAL_LABEL in record.labels else "sealed" if record.sealed else "writable"
         rows.append([branch + record.name, kind, *map(format_size, sizes), ", ".join(users.get(record.name, []))])
     print_table(["LAYER", "KIND", ">VIRTUAL", ">MAPPED", ">EXCLUSIVE", ">SHARED", "USED BY"], rows)
 

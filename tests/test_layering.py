@@ -64,7 +64,8 @@ def imported(path: Path) -> set[str]:
             continue
         for name in names:
             if name == "thinpool" or name.startswith("thinpool."):
-                found.add([*name.split("."), "__init__"][1])
+                inner = [*name.split("."), "__init__"][1]
+                found.add(inner if inner in RANKS else "__init__")  # a name that the package itself defines
     return found
 
 

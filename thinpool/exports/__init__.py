@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api import Attachment
-from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolReadOnly, ThinpoolError, ToolFailed
+from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolReadOnly, ToolFailed
 from . import loop
 from .fuse import NEEDS_ROOT, LayerTree
 from .guard import Guard
@@ -89,6 +89,14 @@ class Uses:
         with self._lock:
             use = self._uses.get(layer.id)
         return () if use is None else (str(use),)
+
+    def files(self) -> Path:
+        """The directory with one live file per layer; mounted from the first call or attachment until :meth:`close`.
+
+        Raises NeedsRoot, PoolReadOnly or ToolFailed.
+        """
+        self._require_possible()
+        return Path(self._running_tree().path)
 
     # --- making and ending uses ---
 
@@ -162,13 +170,16 @@ class Uses:
 
     # --- how ---
 
-    @contextmanager
-    def _starting(self, use: _Use) -> Iterator[_Use]:
-        """Keep the layer for this use while it is being made, and take down what was made if that fails."""
+    def _require_possible(self) -> None:
         if self._pool.read_only:
             raise PoolReadOnly(f"the pool {self._pool.path} is open read-only: its layers cannot be attached or mounted")
         if os.geteuid() != 0:
             raise NeedsRoot(NEEDS_ROOT)
+
+    @contextmanager
+    def _starting(self, use: _Use) -> Iterator[_Use]:
+        """Keep the layer for this use while it is being made, and take down what was made if that fails."""
+        self._require_possible()
         with self._lock:
             if self._closing:
                 raise PoolClosed(f"the pool {self._pool.path} is closed")

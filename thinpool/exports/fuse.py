@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..engine import _core, _ffi
 from ..errors import LayerNotFound, NeedsRoot, ToolFailed
-from .takedown import MNT_DETACH, MNT_FORCE, TREE_TYPE, mount, umount
+from .takedown import MNT_DETACH, MNT_FORCE, TREE_TYPE, attempt, mount, umount
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -51,7 +51,7 @@ class LayerTree:
             raise ToolFailed(f"no FUSE here (/dev/fuse: {error.strerror}): modprobe fuse, or give the container the device") from error
         try:
             self._mount(pool.path)
-            self._server = _Server(pool, self._descriptor)
+            self._server = FuseServer(pool, self._descriptor)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -76,21 +76,17 @@ class LayerTree:
 
     def close(self) -> None:
         """Unmounts the tree. Who still has a file of it open gets errors from now on."""
-        try:
-            umount(self.path, MNT_FORCE)
-        except OSError:
-            try:
-                umount(self.path, MNT_DETACH)
-            except OSError:
-                pass  # unmounted by somebody else
+        if not attempt(umount, self.path, MNT_FORCE):
+            attempt(umount, self.path, MNT_DETACH)
         self._server.stop()
         os.close(self._descriptor)
 
 
-class _Server:
-    """The threads that serve the tree (csrc/fuse.c)."""
+class FuseServer:
+    """The threads that serve the tree on a connection to the kernel (csrc/fuse.c)."""
 
     def __init__(self, pool: Pool, descriptor: int) -> None:
+        """``descriptor``: ``/dev/fuse``, mounted; open until :meth:`stop` has returned. Raises what the engine raises."""
         engine: Engine = pool.engine
         self._names = _Names(pool)
         self._handle = _ffi.new_handle(self._names)

@@ -23,6 +23,7 @@ class Guard:
 
     def __init__(self, run_directory: str) -> None:
         """Waits for an earlier guard, clears what an earlier process left, and starts the guard. Raises ToolFailed."""
+        os.makedirs(run_directory, mode=0o700, exist_ok=True)
         lock = os.open(os.path.join(run_directory, "guard.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _take(lock, run_directory)

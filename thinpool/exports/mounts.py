@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 from ..errors import LayerBusy, LayerState, ToolFailed
-from .takedown import device_number, mount, mount_table, umount
 from .holders import describe, holders
+from .takedown import device_number, mount, mount_table, umount
 
 if TYPE_CHECKING:
     from ..layer import Layer
@@ -61,7 +61,8 @@ def unmount_filesystem(directory: str, device: str) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return umount(directory)
+            umount(directory)
+            return
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise ToolFailed(f"cannot unmount {directory}: {error.strerror}") from error

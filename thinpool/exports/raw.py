@@ -29,9 +29,7 @@ _PIECE_BYTES = 4 << 20
 _BLOCK = 4096
 
 
-def import_raw(
-    pool: Pool, path: Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None
-) -> Layer:
+def import_raw(pool: Pool, path: Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> Layer:
     """See :meth:`thinpool.Pool.import_raw`. The layer has its name, and no partial label, only once it is complete."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -11,6 +11,7 @@ not reach it, and it needs nothing but the standard library, so that it is small
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -168,12 +169,9 @@ def main(run_directory: str, pid: int) -> None:
     poller = select.poll()
     poller.register(0, select.POLLIN | select.POLLHUP)
     # A child that the process forked may hold the other end of the pipe open: so its end is watched as well.
-    if os.getppid() == pid:
-        try:
-            poller.register(os.pidfd_open(pid), select.POLLIN)
-        except ProcessLookupError:
-            return take_down(run_directory)
-        if os.getppid() == pid:
+    with contextlib.suppress(ProcessLookupError):
+        poller.register(os.pidfd_open(pid), select.POLLIN)
+        if os.getppid() == pid:  # else it has ended already, and the pid may be somebody else's
             poller.poll()
     take_down(run_directory)
 

@@ -264,6 +264,7 @@ static int work_to_do(const tp_pool *pool) {
   if (pool->reclaim.count > 0 && !pool_is_overdue(pool)) work |= TP_WORK_RECLAIM;
   if (pool->space.dirty > pool->space.pending) work |= TP_WORK_PUNCH;
   if (pool_is_dirty(pool)) work |= TP_WORK_COMMIT;
+  if (pool_is_overdue(pool)) work |= TP_WORK_OVERDUE;
   return work;
 }
 
@@ -277,7 +278,7 @@ int tp_wait_work(tp_pool *pool, int timeout_ms) {
   int rc = 0;
   /* Commits and punches wait for the timer: they get cheaper by the batch. */
   while (rc == 0 && !pool->stopped && !pool->closed && !pool->awake &&
-         (work_to_do(pool) & (TP_WORK_WINDOW | TP_WORK_RECLAIM)) == 0 && !pool_is_overdue(pool)) {
+         (work_to_do(pool) & (TP_WORK_WINDOW | TP_WORK_RECLAIM | TP_WORK_OVERDUE)) == 0) {
     rc = pthread_cond_timedwait(&pool->work, &pool->mutex, &until);
   }
   pool->awake = false;

@@ -82,9 +82,10 @@ static inline struct tp_layer *as_layer(struct record *r) { return (struct tp_la
 
 void pool_unref(struct tp_pool *pool); /* mutex held on entry, not on return */
 static inline bool pool_is_dirty(const struct tp_pool *pool) { return pool->dirty.count > 0 || pool->state_dirty; }
-/* More is dirty than memory should hold: commit before going on. */
+/* More is dirty than memory should hold, or freed than tp_release should do at once: commit before going on. */
+#define FREED_PER_COMMIT ((uint64_t)1 << 17)
 static inline bool pool_is_overdue(const struct tp_pool *pool) {
-  return pool->dirty.count * sizeof(struct node) > pool->cache.limit / 2;
+  return pool->dirty.count * sizeof(struct node) > pool->cache.limit / 2 || pool->space.freed_now > FREED_PER_COMMIT;
 }
 
 /* layer.c */

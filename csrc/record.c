@@ -31,6 +31,9 @@ void record_kill(struct tp_pool *pool, struct record *record) {
 
 /* --- cache --- */
 
+#define SWEEP_BUCKETS 64u
+#define TRIMS_PER_UNPIN 1024u
+
 static size_t record_bytes(const struct record *record) {
   switch (record->kind) {
     case TP_NODE: return sizeof(struct node);
@@ -80,6 +83,7 @@ void cache_insert(struct tp_pool *pool, struct record *record) {
   record->referenced = true;
   *head = record;
   cache->record_count++;
+  cache->inserted++;
   cache->bytes += record_bytes(record);
 }
 
@@ -101,10 +105,10 @@ static void record_free(struct record *record) {
   }
 }
 
-/* One turn of the clock's hand at most: a record used since it last passed gets another turn. */
-static void sweep(struct tp_pool *pool) {
+/* Moves the clock's hand over that many buckets at most: a record used since it last passed gets another turn. */
+static void sweep(struct tp_pool *pool, size_t buckets) {
   struct cache *cache = &pool->cache;
-  for (size_t turn = 0; turn < 2 * cache->bucket_count && cache->bytes > cache->limit; turn++) {
+  for (size_t turn = 0; turn < buckets && cache->bytes > cache->limit; turn++) {
     struct record **link = &cache->buckets[cache->hand];
     cache->hand = (cache->hand + 1) & (cache->bucket_count - 1);
     while (*link != NULL) {
@@ -136,15 +140,18 @@ static void unpin_slots(struct tp_pool *pool, struct tp_layer *holding) {
   }
 }
 
+/* Bounded work each time, or everybody would pay for what is dirty and cannot go before the next commit. */
 void cache_trim(struct tp_pool *pool, struct tp_layer *holding) {
   struct cache *cache = &pool->cache;
-  if (cache->bytes <= cache->limit) return;
-  sweep(pool);
-  /* Dirty records go with the next commit; only if it is the slots that hold too much do they pay for it. */
-  if (cache->bytes > cache->limit + cache->limit / 4 && !pool_is_overdue(pool)) {
-    unpin_slots(pool, holding);
-    sweep(pool);
+  if (cache->bytes > cache->limit) {
+    sweep(pool, SWEEP_BUCKETS + 4 * cache->inserted);
+    /* If it is the slots that hold too much, they pay for it. */
+    if (cache->bytes > cache->limit + cache->limit / 4 && ++cache->trims > TRIMS_PER_UNPIN) {
+      cache->trims = 0;
+      unpin_slots(pool, holding);
+    }
   }
+  cache->inserted = 0;
 }
 
 void cache_free_all(struct tp_pool *pool) {

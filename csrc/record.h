@@ -34,6 +34,8 @@ struct record_list {
 struct cache {
   struct record **buckets;
   size_t bucket_count, record_count, hand;
+  size_t inserted;       /* since the last trim: what it should at least make up for */
+  unsigned trims;        /* since the slots were last looked at */
   uint64_t bytes, limit; /* of the records in the cache */
 };
 

@@ -148,6 +148,7 @@ void space_freed(struct tp_pool *pool, struct page *page, unsigned i) {
   space_set_value(pool, page, i, CHUNK_DIRTY);
   set_busy(page, i);
   pool->space.pending++;
+  pool->space.freed_now++;
   run_add(&pool->space.freed[pool->txn & 1], page->rec.key * PAGE_VALUES + i);
 }
 

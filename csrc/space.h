@@ -49,6 +49,7 @@ struct space {
   size_t cursor;           /* window place where the last run began */
   uint64_t punch_cursor, scan_cursor; /* pages */
   struct run_list freed[2];      /* by the transaction's parity */
+  uint64_t freed_now;            /* chunks in that of the open transaction */
   struct held_runs *held;
   size_t held_count;
 };

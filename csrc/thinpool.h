@@ -177,7 +177,7 @@ void tp_touch(tp_pool *pool);           /* the caller has records of its own for
 
 /* --- background work --- */
 /* Waits up to timeout_ms for work; returns a set of tp_work bits (0: none), or TP_ECLOSED. */
-enum tp_work { TP_WORK_WINDOW = 1, TP_WORK_RECLAIM = 2, TP_WORK_PUNCH = 4, TP_WORK_COMMIT = 8 };
+enum tp_work { TP_WORK_WINDOW = 1, TP_WORK_RECLAIM = 2, TP_WORK_PUNCH = 4, TP_WORK_COMMIT = 8, TP_WORK_OVERDUE = 16 };
 int tp_wait_work(tp_pool *pool, int timeout_ms);
 void tp_wake(tp_pool *pool);
 int tp_reclaim(tp_pool *pool, uint64_t budget);  /* walks up to budget entries of deleted maps; 1: more to do */

@@ -46,6 +46,7 @@ int tp_freeze(tp_pool *pool, uint64_t *txn) {
       record->dirty = false;
       record->frozen = record->storing = true;
     }
+    pool->space.freed_now = 0;
     pool->out.length = 0;
     if (rc) encode_state(pool);
     pool->state_dirty = false;

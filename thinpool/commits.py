@@ -15,10 +15,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping
+from time import monotonic
 from typing import Any, Protocol
 
 from .catalog import Catalog
-from .engine import WORK_COMMIT, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
+from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
 from .errors import PoolClosed, PoolFailed, ThinpoolError
 
 _LOG = logging.getLogger("thinpool")
@@ -97,33 +98,37 @@ class Housekeeper(threading.Thread):
         self._engine, self._committer, self._store = engine, committer, store
 
     def run(self) -> None:
-        work, idle = 0, COMMIT_INTERVAL_SECONDS
+        commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
+        punching = False
         while True:
             try:
-                work = self._engine.wait_work(idle)
-                idle = self._step(work)
+                work = self._engine.wait_work(0 if punching else max(0.0, commit_at - monotonic()))
+                punching = self._step(work)
+                if work & WORK_OVERDUE or monotonic() >= commit_at:
+                    commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
+                    self._commit(work)
             except PoolClosed:
                 return
             except ThinpoolError as error:
                 _LOG.warning("background work: %s", error)
                 if isinstance(error, PoolFailed):
                     return
-                idle = COMMIT_INTERVAL_SECONDS
+                punching, commit_at = False, monotonic() + COMMIT_INTERVAL_SECONDS
 
-    def _step(self, work: int) -> float:
-        """Does a bounded part of what there is; how long the next wait may be, in seconds."""
+    def _step(self, work: int) -> bool:
+        """A bounded part of the most urgent work; true if there is more to punch."""
         if work & WORK_WINDOW:
             self._committer.extend_window()
         if work & WORK_RECLAIM:
             self._engine.reclaim(_RECLAIM_STEP)
-            return COMMIT_INTERVAL_SECONDS  # it is woken at once while there is more
+        elif work & WORK_PUNCH:
+            return self._engine.punch(_PUNCH_STEP_BYTES)
+        return False
+
+    def _commit(self, work: int) -> None:
         if work & WORK_COMMIT:
             self._engine.flush()
-        if work & WORK_PUNCH and self._engine.punch(_PUNCH_STEP_BYTES):
-            return 0.0
-        if work:
-            self._store.renew_ballast()
-        return COMMIT_INTERVAL_SECONDS
+        self._store.renew_ballast()
 
 
 def drain(engine: Engine) -> None:

@@ -24,7 +24,7 @@ _ffi = ffi
 
 NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE = range(1, 7)
 """Record kinds (``enum tp_kind``)."""
-WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT = 1, 2, 4, 8
+WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 16
 """Bits of :meth:`Engine.wait_work`."""
 BLOCK_SIZE = 4096
 _WINDOW_KEY = 2

@@ -10,18 +10,21 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 from .api import Attachment, Extent, LayerAPI, PoolUsage, Progress, Size
 from .catalog import Catalog, LayerRecord
 from .commits import Committer, Housekeeper, drain
 from .engine import Engine, EngineLayer
-from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly
+from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
 from .layer import Layer
 from .metadata import Metadata
 from .poolfiles import PoolFiles
@@ -29,6 +32,17 @@ from .units import format_size, parse_size
 
 CHUNK_SIZE_MIN, CHUNK_SIZE_MAX = 4 << 10, 4 << 20
 LAYER_SIZE_MAX = 1 << 60
+
+
+_open_pools: WeakSet[Pool] = WeakSet()
+
+
+@atexit.register
+def _close_open_pools() -> None:
+    """The safety net: the core's threads must not call into an interpreter that is gone."""
+    for pool in list(_open_pools):
+        with suppress(ThinpoolError):
+            pool.close()
 
 
 class Uses(Protocol):
@@ -86,6 +100,7 @@ class Pool:
             raise
         self._committer.engine = self._engine
         self._housekeeper: Housekeeper | None = None
+        _open_pools.add(self)
         if not read_only:
             for layer_id in self._catalog.partial():
                 self._remove(layer_id)
@@ -160,6 +175,12 @@ class Pool:
             self._engine.close()
             self._store.close()
             self._files.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True) and hasattr(self, "_engine"):
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+            with suppress(ThinpoolError):
+                self.close()
 
     def __enter__(self) -> Self:
         return self

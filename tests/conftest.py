@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,5 +76,7 @@ def _leftovers(root: str) -> list[str]:
 def _nothing_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     root = str(tmp_path_factory.getbasetemp())
     yield
-    left = _leftovers(root)
+    deadline = time.monotonic() + 15  # servers that the last tests have let go of end by themselves
+    while (left := _leftovers(root)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not left, f"left behind by the tests: {left}"

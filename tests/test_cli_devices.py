@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 from commandline import Command, make_rootfs, wait_until
+from conftest import needs_root, needs_tool
 
 import thinpool
 from thinpool.server.client import RemotePool
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: loop devices, mounts and namespaces")
+pytestmark = [needs_root(), needs_tool("mkfs.ext4", "e2fsck")]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from commandline import Command, make_rootfs
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_NEEDS_ROOT = re.compile(r"thinpool (attach|mount|run|import rootfs)")
 _END = "=====end of step====="
 
 
@@ -76,7 +77,7 @@ def test_the_examples_work(page: Path, tmp_path: Path, tarball: Path) -> None:
     steps = steps_of(page)
     if not steps:
         return
-    if "needs root" in page.read_text() and os.geteuid() != 0:
+    if os.geteuid() != 0 and any(_NEEDS_ROOT.search(step.script) for step in steps):
         pytest.skip("needs root: the page mounts layers or runs containers")
     (tmp_path / "bin").mkdir()
     for name, words in (("thinpool", "-m thinpool.cli"), ("python3", "")):

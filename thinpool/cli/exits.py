@@ -11,7 +11,7 @@ code  meaning
 5     no space: the pool's capacity, or the host's disk
 6     damaged: a record, the data file, an unknown format, a failing disk
 7     needs root, or a permission
-125   ``run`` only: the command could not be started (its own status otherwise)
+125   ``run`` only: the container could not be started (the command's status otherwise)
 130   interrupted
 ====  ==========================================================================
 """

@@ -10,7 +10,7 @@ import pytest
 from commandline import Command, make_rootfs
 from conftest import needs_tool
 
-pytestmark = needs_tool("unshare")
+pytestmark = needs_tool("unshare", "mke2fs")
 
 
 class UnprivilegedCommand(Command):
@@ -28,9 +28,14 @@ def command(tmp_path: Path) -> UnprivilegedCommand:
     return made
 
 
-def test_layers_and_images_need_no_root(command: UnprivilegedCommand) -> None:
-    image = command.directory / "disk.img"
+def make_image(directory: Path) -> Path:
+    image = directory / "disk.img"
     subprocess.run(["mke2fs", "-q", "-t", "ext4", image, "16M"], check=True)
+    return image
+
+
+def test_layers_and_images_need_no_root(command: UnprivilegedCommand) -> None:
+    image = make_image(command.directory)
     command("import", image)
     command("clone", "disk", "c1")
     command("snapshot", "c1", "c1@1")
@@ -46,7 +51,7 @@ def test_layers_and_images_need_no_root(command: UnprivilegedCommand) -> None:
 def test_what_needs_root_says_so(command: UnprivilegedCommand) -> None:
     make_rootfs(command.directory)
     (command.directory / "here").mkdir()
-    command("create", "a", "16M")
+    command("import", make_image(command.directory), "--name", "a")
     for code, arguments in (
         (7, ("attach", "a")),
         (7, ("mount", "a", "here")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -235,6 +236,32 @@ def test_connecting_while_the_server_stops(path: Path) -> None:
     assert failures == []
     with connect(path) as pool:
         assert len(pool.layers()) == 24
+
+
+def test_requests_end_before_the_server_does(path: Path) -> None:
+    """SIGTERM in the midst of requests: each is answered or fails cleanly, and what was answered is kept."""
+    pool, pid = started_server(path)
+    made: list[str] = []
+
+    def create(number: int) -> None:
+        for turn in itertools.count():
+            name = f"{number}-{turn}"
+            try:
+                pool.create_layer(name, "1M")
+            except ServerError:
+                return
+            made.append(name)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(made) > 50)
+    os.kill(pid, signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    wait_until(lambda: not is_running(pid))
+    with thinpool.Pool.open(path) as local:
+        assert set(made) <= {layer.name for layer in local.layers()}
 
 
 def test_a_client_that_goes_ends_its_import(path: Path, tmp_path: Path) -> None:

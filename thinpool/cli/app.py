@@ -81,7 +81,7 @@ def main() -> None:
     try:
         status = app(prog_name="thinpool", standalone_mode=False) or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:  # the reader of a listing has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

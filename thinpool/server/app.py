@@ -72,7 +72,8 @@ def create_app(pool: PoolAPI, gate: Gate) -> FastAPI:
     app.include_router(pool_routes.router, prefix=API)
     app.include_router(layer_routes.router, prefix=API)
     app.add_exception_handler(RequestValidationError, _answer_bad_request)
-    for kind in (errors.ThinpoolError, OSError, ValueError, TypeError, NotImplementedError):
+    for kind in (errors.ThinpoolError, OSError, ValueError, TypeError):
         app.add_exception_handler(kind, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)  # a bug of ours, which uvicorn logs besides
     app.add_middleware(_Gatekeeper, gate=gate)
     return app

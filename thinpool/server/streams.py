@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 from fastapi.responses import StreamingResponse
 
 from ..api import Extent, Progress
+from ..errors import ThinpoolError
 from .state import Gate
 from .wire import Json, encode_error, encode_extents
 
 _BATCH_EXTENTS = 4096
 _PROGRESS_SECONDS = 0.1
 _MEDIA_TYPE = "application/jsonl"
+
+_log = logging.getLogger("thinpool.server")
 
 
 class _GivenUp(Exception):
@@ -65,7 +69,10 @@ def work_lines(gate: Gate, work: Callable[[Progress], Any]) -> StreamingResponse
     def run() -> None:
         try:
             put({"result": work(progress)})
+        except (ThinpoolError, OSError, _GivenUp) as error:
+            put({"error": encode_error(error)})
         except Exception as error:
+            _log.exception("long work failed")
             put({"error": encode_error(error)})
 
     async def lines() -> AsyncIterator[str]:

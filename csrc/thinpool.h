@@ -60,7 +60,8 @@ typedef struct {
 typedef struct {
   uint64_t chunk_size;     /* bytes; a power of two, 4 KiB to 4 MiB */
   uint64_t capacity;       /* bytes that chunks may take; 0: no limit */
-  uint64_t cache_bytes;    /* bound of the node and page cache */
+  uint64_t cache_bytes;    /* bound of the node and page cache; 0: 64 MiB */
+  uint64_t window_bytes;   /* clean space that a crash may make dirty; 0: 1 GiB. At least two pages of chunks */
   int data_fd;             /* the data file, when disk is NULL; stays the caller's */
   int read_only;
   const tp_disk *disk;     /* copied; NULL: plain I/O on data_fd */

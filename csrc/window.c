@@ -1,12 +1,13 @@
 /* window.c - the allocation window: planning, storing and activating it, and what a crash makes of it. */
 #include "pool.h"
 
-#define WINDOW_BYTES ((uint64_t)1 << 30) /* clean space that one crash can make dirty, about */
+#define WINDOW_BYTES ((uint64_t)1 << 30)
 #define WINDOW_PAGES_MIN 2u
 
 /* Chunks that the window should offer. */
 static uint64_t window_target(const struct tp_pool *pool) {
-  return max_u64(WINDOW_BYTES >> pool->chunk_shift, WINDOW_PAGES_MIN * PAGE_VALUES);
+  uint64_t bytes = pool->options.window_bytes ? pool->options.window_bytes : WINDOW_BYTES;
+  return max_u64(bytes >> pool->chunk_shift, WINDOW_PAGES_MIN * PAGE_VALUES);
 }
 
 /* Half of what there was is gone. Where a nearly full pool has no more to give, that half shrinks. */

@@ -44,12 +44,14 @@ static int choose(tp_layer *layer, uint64_t index, struct target *t) {
   return rc;
 }
 
-/* A block that is written in part: what the map names there now, with the new bytes laid over it. */
+/* A block that is written in part: what the map names there now, with the new bytes laid over it. If that is the target
+ * already, only the new bytes: what is durable beside them must not be at stake again. */
 static int write_merged(struct tp_pool *pool, const struct target *t, unsigned block, unsigned from, unsigned length,
                         const uint8_t *buf) {
   uint8_t bytes[TP_BLOCK] __attribute__((aligned(64))) = {0};
   uint64_t old = split_chunk_at(t->entry, block);
   uint64_t at = (uint64_t)block * TP_BLOCK;
+  if (old == t->chunk + 1) return disk_write(pool, buf, length, (t->chunk << pool->chunk_shift) + at + from);
   int rc = old == 0 ? TP_OK : disk_read(pool, bytes, TP_BLOCK, ((old - 1) << pool->chunk_shift) + at);
   if (rc != TP_OK) return rc;
   memcpy(bytes + from, buf, length);

@@ -42,6 +42,15 @@ def needs_tool(*tools: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(lacking is not None, reason=lacking or "")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--crash-cuts", type=int, default=3600, help="power cuts in tests/test_crash.py")
+
+
+@pytest.fixture
+def crash_cuts(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--crash-cuts"))
+
+
 @pytest.fixture
 def pool_path(tmp_path: Path) -> Path:
     """Where a test may make its pool."""

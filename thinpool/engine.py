@@ -155,9 +155,19 @@ class Engine:
     """One open pool in the data plane."""
 
     def __init__(
-        self, store: Store, *, data_fd: int, chunk_size: int, capacity: int = 0, cache_bytes: int = 0, read_only: bool = False, disk: Any = None
+        self,
+        store: Store,
+        *,
+        data_fd: int,
+        chunk_size: int,
+        capacity: int = 0,
+        cache_bytes: int = 0,
+        window_bytes: int = 0,
+        read_only: bool = False,
+        disk: Any = None,
     ) -> None:
-        """Opens the pool whose records ``store`` keeps. ``disk``: a ``tp_disk *`` in place of ``data_fd``, for tests.
+        """Opens the pool whose records ``store`` keeps. ``disk``: a ``tp_disk *`` in place of ``data_fd``, for tests, and
+        ``window_bytes`` another size of the allocation window.
 
         Raises :class:`~thinpool.errors.DamagedError` where the stored state makes no sense.
         """
@@ -165,7 +175,7 @@ class Engine:
         self._raised = threading.local()
         self._handle = _ffi.new_handle(self)
         options = _ffi.new("tp_options *")
-        options.chunk_size, options.capacity, options.cache_bytes = chunk_size, capacity, cache_bytes
+        options.chunk_size, options.capacity, options.cache_bytes, options.window_bytes = chunk_size, capacity, cache_bytes, window_bytes
         options.data_fd, options.read_only = data_fd, read_only
         options.disk = disk if disk is not None else _ffi.NULL
         options.ctx = self._handle

@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 from weakref import WeakSet, WeakValueDictionary
@@ -72,32 +72,26 @@ class Pool:
 
     # --- opening and closing ---
 
-    def __init__(self, files: PoolFiles, *, read_only: bool, background: bool, cache_bytes: int, disk: Any = None) -> None:
-        """Use :meth:`create` or :meth:`open`."""
-        self._files = files
+    def __init__(self, files: PoolFiles, store: Metadata, *, read_only: bool = False, background: bool = True, **engine_options: Any) -> None:
+        """Use :meth:`create` or :meth:`open`. What tests put in place of the disk below comes through ``engine_options``."""
+        self._files, self._store = files, store
         self._read_only = read_only
         self._lock = threading.RLock()
         self._layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
         self._uses: Uses | None = None
         self._closed = False
-        self._store = Metadata(files.meta, read_only=read_only)
-        try:
-            record = self._store.pool_record()
-            self._chunk_size: int = record["chunk_size"]
-            self._catalog = Catalog(self._store.layers())
-            self._committer = Committer(self._store, self._catalog, self._lock)
-            self._engine = Engine(
-                self._committer,
-                data_fd=files.data_fd,
-                chunk_size=self._chunk_size,
-                capacity=record["capacity"],
-                cache_bytes=cache_bytes,
-                read_only=read_only,
-                disk=disk,
-            )
-        except BaseException:
-            self._store.close()
-            raise
+        record = store.pool_record()
+        self._chunk_size: int = record["chunk_size"]
+        self._catalog = Catalog(store.layers())
+        self._committer = Committer(store, self._catalog, self._lock)
+        self._engine = Engine(
+            self._committer,
+            data_fd=files.data_fd,
+            chunk_size=self._chunk_size,
+            capacity=record["capacity"],
+            read_only=read_only,
+            **engine_options,
+        )
         self._committer.engine = self._engine
         self._housekeeper: Housekeeper | None = None
         _open_pools.add(self)
@@ -146,14 +140,16 @@ class Pool:
         """
         files = PoolFiles(Path(path))
         files.require_pool()
-        try:
+        with ExitStack() as undo:
+            undo.callback(files.close)
             if not read_only:
                 files.lock()
             files.open_data(read_only=read_only)
-            return cls(files, read_only=read_only, background=background, cache_bytes=parse_size(cache_size))
-        except BaseException:
-            files.close()
-            raise
+            store = Metadata(files.meta, read_only=read_only)
+            undo.callback(store.close)
+            pool = cls(files, store, read_only=read_only, background=background, cache_bytes=parse_size(cache_size))
+            undo.pop_all()
+            return pool
 
     def close(self) -> None:
         """Takes down what is attached, commits, and closes. Closing twice is fine."""

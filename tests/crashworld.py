@@ -1,0 +1,233 @@
+"""A world whose power can be cut: a disk that forgets, keeps, tears or garbles what was not synced, and records that roll back.
+
+The disk stands below the engine (``tp_disk``), the records beside it (in place of :class:`thinpool.metadata.Metadata`). Each
+operation of either is a step; at the step that a test chooses the power goes, before or after its effect, and every later
+one fails. :meth:`World.reboot` settles what the disk held unsynced, and the pool is opened anew over what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from thinpool.engine import NO_READER, Record, _ffi
+from thinpool.errors import DiskError
+from thinpool.metadata import LAYER, frame
+from thinpool.pool import Pool
+from thinpool.poolfiles import PoolFiles
+
+SECTOR = 512
+BLOCK = 4096
+GARBAGE = 0xEE
+EIO = 5
+
+
+class PowerCut(DiskError):
+    """The power is gone."""
+
+    def __init__(self) -> None:
+        super().__init__("the power is gone")
+
+
+class Disk:
+    """A sparse file in memory: what is durable, what is seen, and the unsynced writes between the two."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._durable: dict[int, bytes] = {}
+        self._seen: dict[int, bytes] = {}
+        self._unsynced: list[tuple[int, bytes | int]] = []  # offset and data, or the length of a punch
+        self._length = self._durable_length = 0
+        signatures = {
+            "pread": "int64_t(void *, void *, uint64_t, uint64_t)",
+            "pwrite": "int64_t(void *, const void *, uint64_t, uint64_t)",
+            "punch": "int(void *, uint64_t, uint64_t)",
+            "sync": "int(void *)",
+            "resize": "int(void *, uint64_t)",
+            "size": "int64_t(void *)",
+        }
+        self.operations = _ffi.new("tp_disk *")
+        self._keep = {name: _ffi.callback(signature, getattr(self, f"_{name}"), error=-EIO) for name, signature in signatures.items()}
+        for name, callback in self._keep.items():
+            setattr(self.operations, name, callback)
+
+    # --- what the engine calls ---
+
+    def _pread(self, _: Any, buffer: Any, length: int, offset: int) -> int:
+        if self._world.dark:
+            return -EIO
+        _ffi.memmove(buffer, self._read(self._seen, offset, length), length)
+        return length
+
+    def _pwrite(self, _: Any, buffer: Any, length: int, offset: int) -> int:
+        return self._change(offset, bytes(_ffi.buffer(buffer, length)), length)
+
+    def _punch(self, _: Any, offset: int, length: int) -> int:
+        return self._change(offset, length, 0)
+
+    def _change(self, offset: int, what: bytes | int, result: int) -> int:
+        def effect() -> None:
+            self._apply(self._seen, offset, what if isinstance(what, bytes) else bytes(what))
+            self._unsynced.append((offset, what))
+
+        return result if self._world.step(effect) else -EIO
+
+    def _sync(self, _: Any) -> int:
+        def effect() -> None:
+            for offset, what in self._unsynced:
+                self._apply(self._durable, offset, what if isinstance(what, bytes) else bytes(what))
+            self._unsynced.clear()
+            self._durable_length = self._length
+
+        return 0 if self._world.step(effect) else -EIO
+
+    def _resize(self, _: Any, length: int) -> int:
+        def effect() -> None:
+            self._length = max(self._length, length)
+
+        return 0 if self._world.step(effect) else -EIO
+
+    def _size(self, _: Any) -> int:
+        return -EIO if self._world.dark else self._length
+
+    # --- bytes ---
+
+    @staticmethod
+    def _read(blocks: dict[int, bytes], offset: int, length: int) -> bytes:
+        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
+        content = b"".join(blocks.get(block, bytes(BLOCK)) for block in range(first, last + 1))
+        return content[offset - first * BLOCK :][:length]
+
+    @staticmethod
+    def _apply(blocks: dict[int, bytes], offset: int, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            block, within = divmod(offset + done, BLOCK)
+            piece = data[done : done + BLOCK - within]
+            old = blocks.get(block, bytes(BLOCK))
+            blocks[block] = old[:within] + piece + old[within + len(piece) :]
+            done += len(piece)
+
+    def settle(self, rng: random.Random) -> None:
+        """What becomes of unsynced changes when the power goes: each is kept, forgotten, torn by sectors, or garbled."""
+        for offset, what in self._unsynced:
+            data = what if isinstance(what, bytes) else bytes(what)
+            fate = rng.choice(("keep", "forget", "tear", "garble"))
+            if fate == "keep":
+                self._apply(self._durable, offset, data)
+            elif fate != "forget":
+                for start in range(0, len(data), SECTOR):
+                    if rng.random() < 0.5:
+                        continue
+                    piece = data[start : start + SECTOR]
+                    garbled = fate == "garble" and isinstance(what, bytes) and rng.random() < 0.5
+                    self._apply(self._durable, offset + start, bytes([GARBAGE]) * len(piece) if garbled else piece)
+        self._unsynced.clear()
+        self._seen = dict(self._durable)
+        self._length = rng.choice((self._length, self._durable_length))
+
+
+class Records:
+    """The metadata store: atomic and durable by itself, as LMDB is."""
+
+    def __init__(self, world: World, chunk_size: int) -> None:
+        self._world = world
+        self._chunk_size = chunk_size
+        self.kinds: dict[int, dict[bytes, bytes]] = {}
+        self.committed = 0
+
+    def fetch(self, kind: int, key: int) -> bytes | None:
+        if self._world.dark:
+            raise PowerCut
+        return self.kinds.get(kind, {}).get(key.to_bytes(8, "big"))
+
+    def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int:
+        changes = list(records)
+        for layer_id, layer in layers.items():
+            key = layer_id.to_bytes(8, "big")
+            changes.append((LAYER, key, None if layer is None else frame(LAYER, key, json.dumps(layer).encode())))
+        self._store(changes, commit=True)
+        return self.committed
+
+    def put_window(self, record: Record) -> None:
+        self._store([record], commit=False)
+
+    def _store(self, changes: list[Record], *, commit: bool) -> None:
+        def effect() -> None:
+            for kind, key, value in changes:
+                if value is None:
+                    self.kinds.setdefault(kind, {}).pop(key, None)
+                else:
+                    self.kinds.setdefault(kind, {})[key] = value
+            if commit:
+                self.committed += 1
+                self._world.on_commit()
+
+        if not self._world.step(effect):
+            raise PowerCut
+
+    def layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        for key, value in self.kinds.get(LAYER, {}).items():
+            yield int.from_bytes(key, "big"), json.loads(value[4:])
+
+    def of_kind(self, kind: int) -> list[tuple[bytes, bytes]]:
+        """For :func:`invariants.check`."""
+        return sorted(self.kinds.get(kind, {}).items())
+
+    def pool_record(self) -> dict[str, Any]:
+        return {"chunk_size": self._chunk_size, "capacity": 0}
+
+    def fingerprint(self, digest: bytes) -> None:
+        return None
+
+    def oldest_reader(self) -> int:
+        return NO_READER
+
+    def renew_ballast(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class World:
+    """One disk, one store, one power switch."""
+
+    def __init__(self, directory: Path, chunk_size: int, rng: random.Random) -> None:
+        self._directory, self._rng = directory, rng
+        self.dark = False
+        self.steps = 0
+        self._cut_at: int | None = None
+        self.disk = Disk(self)
+        self.records = Records(self, chunk_size)
+        self.on_commit: Any = lambda: None
+
+    def cut_after(self, steps: int) -> None:
+        """The power goes that many steps from now."""
+        self._cut_at = self.steps + steps
+
+    def step(self, effect: Any) -> bool:
+        """Runs an operation's effect, unless the power is gone, or goes with it; false: the operation failed."""
+        if self.dark:
+            return False
+        self.steps += 1
+        if self.steps == self._cut_at:
+            if self._rng.random() < 0.5:
+                effect()
+            self.dark = True
+            return False
+        effect()
+        return True
+
+    def open(self) -> Pool:
+        """Opens the pool over what the disk and the store have."""
+        files = PoolFiles(self._directory)
+        return Pool(files, self.records, background=False, disk=self.disk.operations, cache_bytes=1 << 16, window_bytes=1)  # type: ignore[arg-type]
+
+    def reboot(self) -> None:
+        """The power comes back."""
+        self.disk.settle(self._rng)
+        self.dark, self._cut_at = False, None

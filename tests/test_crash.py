@@ -1,0 +1,298 @@
+"""Power cuts at every step: what was flushed is there, the invariants hold, nothing shows another layer's bytes.
+
+The seed is in the test's name; ``--crash-cuts`` sets how many cuts a run makes (conftest.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import invariants
+import pytest
+from crashworld import GARBAGE, World
+
+from thinpool.engine import _ffi
+from thinpool.errors import PoolFailed, ThinpoolError
+
+
+@dataclass
+class Content:
+    """What a layer holds."""
+
+    key: int  # whatever its name is by now
+    data: bytearray
+    sealed: bool = False
+    # Changes since the last durable state: (offset, bytes). Any of them may be there after a crash, torn or garbled.
+    since: list[tuple[int, bytes]] = field(default_factory=list)
+
+
+Model = dict[str, Content]
+
+
+class Workload:
+    """Random operations on a pool, and what they should have done."""
+
+    def __init__(self, directory: Path, chunk_size: int, rng: random.Random) -> None:
+        self.rng, self.chunk_size = rng, chunk_size
+        self.world = World(directory, chunk_size, rng)
+        self.world.on_commit = self._committed
+        self.now: Model = {}
+        self.frozen: Model = {}
+        self.durable: Model = {}
+        self.changing: tuple[int, int, bytes] | None = None
+        self._serial = 0
+        self._tag = 0
+        self._open()
+
+    def _open(self) -> None:
+        self.pool = self.world.open()
+        commit = self.pool._committer.commit
+
+        def observed() -> None:
+            self.frozen = copy.deepcopy(self.now)
+            commit()
+
+        self.pool._committer.commit = observed  # type: ignore[method-assign]
+
+    def _committed(self) -> None:
+        """The store has a new state: that of the freeze, all of whose data was synced before."""
+        self.durable = {name: Content(content.key, content.data, content.sealed) for name, content in self.frozen.items()}
+        if self.changing:  # a commit in the middle of an operation, to make room
+            self._note(*self.changing)
+
+    # --- operations ---
+
+    def step(self) -> None:
+        """One random operation."""
+        self.changing = None
+        if not self.now:
+            self.create()
+            return
+        operations: list[tuple[Callable[[], None], int]] = [
+            (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
+            (self.resize, 2), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6), (self.rename, 1),
+        ]  # fmt: skip
+        self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
+
+    def _name(self) -> str:
+        self._serial += 1
+        return f"layer{self._serial}"
+
+    def _pick(self, *, writable: bool = False) -> str | None:
+        names = [name for name, content in self.now.items() if not (writable and content.sealed)]
+        return self.rng.choice(names) if names else None
+
+    def _range(self, size: int) -> tuple[int, int]:
+        offset = self.rng.randrange(size)
+        length = self.rng.choice((1, 100, 4096, 5000, self.chunk_size, 3 * self.chunk_size))
+        if self.rng.random() < 0.6:
+            offset -= offset % 4096
+            length = max(4096, length - length % 4096)
+        return offset, min(length, size - offset)
+
+    def create(self) -> None:
+        name, size = self._name(), self.rng.choice((1, 6000, 20 * self.chunk_size, 300 * 4096))
+        self.pool.create_layer(name, size)
+        self.now[name] = Content(self._serial, bytearray(size))
+
+    def _changing(self, name: str, offset: int, data: bytes) -> None:
+        """Noted before it is done: the power may go half-way."""
+        self.changing = (self.now[name].key, offset, data)
+        self._note(*self.changing)
+
+    def _note(self, key: int, offset: int, data: bytes) -> None:
+        for content in self.durable.values():
+            if content.key == key:
+                content.since.append((offset, data))
+
+    def write(self) -> None:
+        if (name := self._pick(writable=True)) is None:
+            return
+        offset, length = self._range(len(self.now[name].data))
+        self._tag = self._tag % 250 + 1
+        data = bytes([self._tag if self._tag != GARBAGE else 251]) * length
+        self._changing(name, offset, data)
+        self.pool.layer(name).pwrite(data, offset)
+        self.now[name].data[offset : offset + length] = data
+
+    def discard(self) -> None:
+        if (name := self._pick(writable=True)) is None:
+            return
+        size = len(self.now[name].data)
+        offset, length = (0, size) if self.rng.random() < 0.1 else self._range(size)
+        self._changing(name, offset, bytes(length))
+        self.pool.layer(name).discard(offset, length)
+        self.now[name].data[offset : offset + length] = bytes(length)
+
+    def snapshot(self) -> None:
+        if (name := self._pick()) is None or len(self.now) > 12:
+            return
+        new = self._name()
+        self.pool.layer(name).snapshot(new)
+        self.now[new] = Content(self._serial, bytearray(self.now[name].data), True)
+
+    def clone(self) -> None:
+        if (name := self._pick()) is None or len(self.now) > 12:
+            return
+        new, size = self._name(), len(self.now[name].data) + self.rng.choice((0, 0, 5000))
+        self.pool.layer(name).clone(new, size)
+        self.now[new] = Content(self._serial, self.now[name].data + bytes(size - len(self.now[name].data)))
+
+    def delete(self) -> None:
+        if (name := self._pick()) is not None:
+            self.pool.layer(name).delete()
+            del self.now[name]
+
+    def reset(self) -> None:
+        if (name := self._pick(writable=True)) is None:
+            return
+        other = self._pick()
+        if other is None or other == name:
+            return
+        self.pool.layer(name).reset(to=other)
+        data = self.now[other].data
+        self.now[name].data = data + bytes(max(0, len(self.now[name].data) - len(data)))
+
+    def resize(self) -> None:
+        if (name := self._pick(writable=True)) is None:
+            return
+        old = len(self.now[name].data)
+        size = max(1, old + self.rng.choice((-9000, -4096, -1, 1, 4096, 9000)))
+        if size < old:
+            self._changing(name, size, bytes(old - size))
+        self.pool.layer(name).resize(size, allow_shrink=True)
+        self.now[name].data = self.now[name].data[:size] + bytes(max(0, size - old))
+
+    def seal(self) -> None:
+        if (name := self._pick(writable=True)) is not None:
+            self.pool.layer(name).seal()
+            self.now[name].sealed = True
+
+    def rename(self) -> None:
+        if (name := self._pick()) is not None:
+            new = self._name()
+            self.pool.layer(name).rename(new)
+            self.now[new] = self.now.pop(name)
+
+    def flush(self) -> None:
+        self.pool.commit()
+        # Also without a new record, all data is on disk now.
+        self.durable = copy.deepcopy(self.now)
+
+    def reclaim(self) -> None:
+        self.pool.engine.reclaim(self.rng.choice((1, 300, 10000)))
+
+    def punch(self) -> None:
+        self.pool.engine.punch(self.rng.choice((1, 1 << 20)))
+
+    def extend(self) -> None:
+        self.pool._committer.extend_window()
+
+    def read(self) -> None:
+        if (name := self._pick()) is not None:
+            assert self.pool.layer(name).pread(len(self.now[name].data), 0) == bytes(self.now[name].data), f"{name} reads wrong before a crash"
+
+    # --- crashes ---
+
+    def crash(self) -> None:
+        """The power is gone: a new process finds what is left, and all of it is right."""
+        self.pool.engine.close()
+        self.world.reboot()
+        invariants.check(self.world.records.of_kind, self.chunk_size)  # I5: without repair
+        self._open()
+        assert {layer.name for layer in self.pool.layers()} == set(self.durable), "I8: another set of layers than was committed"
+        for name, content in self.durable.items():
+            self._verify(name, content)
+        self.now = {name: Content(c.key, bytearray(self.pool.layer(name).pread(len(c.data), 0)), c.sealed) for name, c in self.durable.items()}
+        self.durable = copy.deepcopy(self.now)
+
+    def _verify(self, name: str, content: Content) -> None:
+        layer = self.pool.layer(name)
+        assert layer.size == len(content.data)
+        assert layer.sealed == content.sealed
+        found = layer.pread(layer.size, 0)
+        if found == bytes(content.data):
+            return
+        allowed: dict[int, set[int]] = {}
+        for offset, data in content.since:
+            for at in range(offset, min(offset + len(data), len(found))):
+                allowed.setdefault(at, {GARBAGE}).add(data[at - offset])
+        for at, (is_now, was) in enumerate(zip(found, content.data, strict=True)):
+            if is_now != was:
+                what = "changed although nothing wrote there (I5, I6)" if at not in allowed else "holds what was never written there (I6)"
+                assert is_now in allowed.get(at, ()), f"{name} at {at}: {is_now} for {was}: {what}"
+                assert not content.sealed, f"{name} is sealed and changed at {at} (I7)"
+
+    def run_until_cut(self, steps: int) -> None:
+        """Works until the power goes that many steps from now."""
+        self.world.cut_after(steps)
+        while not self.world.dark:
+            try:
+                self.step()
+            except ThinpoolError:
+                if not self.world.dark:
+                    raise
+        self.crash()
+
+
+CHUNK_SIZES = (4096, 16384, 65536)
+SEEDS = 36
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_random_cuts(tmp_path: Path, seed: int, crash_cuts: int) -> None:
+    rng = random.Random(seed)
+    work = Workload(tmp_path, CHUNK_SIZES[seed % len(CHUNK_SIZES)], rng)
+    for _ in range(max(1, crash_cuts // SEEDS)):
+        work.run_until_cut(rng.choice((1, 2, 3, 5, 10, 20, 50)))
+    work.pool.engine.close()
+
+
+SCRIPT = """
+create create write write write flush snapshot write clone write write discard flush delete reclaim flush punch write
+write reset write flush delete reclaim extend write punch flush write clone discard resize seal flush delete reclaim flush
+"""
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cut_at_every_step(tmp_path: Path, chunk_size: int, seed: int) -> None:
+    """A short life with a bit of everything, over and over, the power going one step later each time."""
+    step = 0
+    dark = True
+    while dark:
+        step += 1
+        work = Workload(tmp_path, chunk_size, random.Random(seed))
+        work.world.cut_after(step)
+        try:
+            for operation in SCRIPT.split():
+                work.changing = None
+                getattr(work, operation)()
+        except ThinpoolError:
+            assert work.world.dark
+        dark = work.world.dark
+        if dark:
+            work.crash()
+        work.pool.engine.close()
+    assert step > len(SCRIPT.split())
+
+
+def test_a_failed_sync_is_final(tmp_path: Path) -> None:
+    world = World(tmp_path, 16384, random.Random(1))
+    failing = _ffi.callback("int(void *)", lambda _: -5)
+    world.disk.operations.sync = failing
+    pool = world.open()
+    layer = pool.create_layer("a", 1 << 20)
+    layer.pwrite(b"x", 0)
+    with pytest.raises(PoolFailed):
+        pool.commit()
+    with pytest.raises(PoolFailed):
+        layer.pwrite(b"y", 0)
+    with pytest.raises(PoolFailed):
+        pool.commit()
+    assert layer.pread(1, 0) == b"x"
+    pool.engine.close()

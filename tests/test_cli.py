@@ -282,7 +282,7 @@ def test_help_is_quick(command: Command) -> None:
         start = time.perf_counter()
         assert "Usage" in command("--help")
         took.append(time.perf_counter() - start)
-    assert min(took) < 0.6, took
+    assert min(took) < 0.45, took
 
 
 def test_version(command: Command) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from ..api import Attachment, PoolAPI
 from ..catalog import PARTIAL_LABEL
-from ..server.client import RemotePool
 from ..server.wire import LayerRecord, records_of
 from ..units import format_size
 from . import options
@@ -31,6 +30,8 @@ def ls(
     JSON: an array of id, name, size, sealed, created (seconds since 1970), labels, parent (a name, or null), virtual,
     mapped, exclusive, shared, used_by (an array).
     """
+    from ..server.client import RemotePool
+
     with opened(ctx, pool) as p:
         records = p.records(with_usage=True) if isinstance(p, RemotePool) else records_of(p, with_usage=True)
         users = _users(p)

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PoolBusy, PoolNotFound, ServerError
-from .client import RemotePool
 from .wire import LOG_NAME, SOCKET_NAME, decode_error
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # loaded when there is a server, or none: a command should not wait for both
     from ..pool import Pool
+    from .client import RemotePool
 
 BUSY_SECONDS = 10.0  # how long one process may hold the pool before we give up on it
 
@@ -73,6 +72,8 @@ def _find_server(path: Path) -> RemotePool | None:
     """The pool through its server, or None when none answers or it is about to stop."""
     if not os.path.exists(path / SOCKET_NAME):
         return None
+    from .client import RemotePool
+
     try:
         return RemotePool(path)
     except ServerError:
@@ -97,6 +98,8 @@ def _start_lock(path: Path) -> Iterator[None]:
 
 def _start(path: Path) -> None:
     """Starts the server and waits until its socket accepts. Raises what it failed with."""
+    import subprocess
+
     ready_fd, child_fd = os.pipe()
     with os.fdopen(ready_fd) as ready:
         command = [sys.executable, "-m", "thinpool.server", os.path.abspath(path), str(child_fd)]

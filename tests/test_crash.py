@@ -278,7 +278,7 @@ def test_a_cut_at_every_step(tmp_path: Path, chunk_size: int, seed: int) -> None
         if dark:
             work.crash()
         work.pool.engine.close()
-    assert step > len(SCRIPT.split())
+    assert step > 20
 
 
 def test_a_failed_sync_is_final(tmp_path: Path) -> None:

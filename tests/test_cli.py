@@ -69,6 +69,20 @@ def test_layers_are_made_and_changed(command: Command) -> None:
     assert [layer["name"] for layer in command.json("ls")] == ["web"]
 
 
+@pytest.mark.parametrize("with_server", [False, True])
+@pytest.mark.parametrize("words", ["rm disk", "resize disk 1M --shrink", "reset disk --to empty"])
+def test_the_host_has_the_space_back_when_a_verb_returns(command: Command, words: str, with_server: bool) -> None:
+    (command.directory / "disk.img").write_bytes(random.Random(5).randbytes(24 * MIB))
+    command("import", "disk.img")
+    command("create", "empty", "24M")
+    keeper = thinpool.connect(command.pool, server=True) if with_server else None
+    assert command.json("df")["host"] >= 24 * MIB
+    command(*words.split())
+    assert command.json("df")["host"] <= 2 * MIB
+    if keeper is not None:
+        keeper.close()
+
+
 def test_ls_says_what_each_layer_takes(command: Command) -> None:
     with thinpool.Pool.open(command.pool) as pool:
         base = pool.create_layer("base", "10M")

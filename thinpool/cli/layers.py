@@ -64,7 +64,7 @@ def reset(
     pool: options.Pool = None,
 ) -> None:
     """Put a writable layer back to its parent's content, or to a snapshot's."""
-    with opened(ctx, pool) as p:
+    with opened(ctx, pool, gives_back=True) as p:
         p.layer(layer).reset(to)
 
 
@@ -76,7 +76,7 @@ def resize(
     pool: options.Pool = None,
 ) -> None:
     """Change a writable layer's size (not that of a file system on it)."""
-    with opened(ctx, pool) as p:
+    with opened(ctx, pool, gives_back=True) as p:
         p.layer(layer).resize(size, allow_shrink=shrink)
 
 
@@ -92,6 +92,6 @@ def rm(
     pool: options.Pool = None,
 ) -> None:
     """Delete layers; what was cloned from them stays whole."""
-    with opened(ctx, pool) as p:
+    with opened(ctx, pool, gives_back=True) as p:
         for layer in layers:
             p.layer(layer).delete()

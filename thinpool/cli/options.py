@@ -31,12 +31,17 @@ def pool_path(ctx: typer.Context, given: Path | None) -> Path:
 
 
 @contextmanager
-def opened(ctx: typer.Context, given: Path | None, *, server: bool = False) -> Iterator[PoolAPI]:
-    """The pool, open; what the verb did is durable when it returns. ``server``: for verbs that outlive this process."""
+def opened(ctx: typer.Context, given: Path | None, *, server: bool = False, gives_back: bool = False) -> Iterator[PoolAPI]:
+    """The pool, open; what the verb did is durable when it returns.
+
+    ``server``: for verbs that outlive this process. ``gives_back``: for verbs that free space; the host has it back then.
+    """
     from ..server.connect import connect
 
     with closing(connect(pool_path(ctx, given), server=server)) as pool:
         yield pool
+        if gives_back:
+            pool.reclaim()
         pool.commit()
 
 

@@ -115,6 +115,10 @@ class RemotePool:
         """Makes all that was done so far survive a power cut."""
         self._transport.json("POST", "/pool/commit")
 
+    def reclaim(self) -> None:
+        """Waits until the space of everything deleted is free and given back to the host."""
+        self._transport.json("POST", "/pool/reclaim")
+
     def close(self) -> None:
         """Lets the server go; it stays as long as somebody needs it. Later calls raise PoolClosed."""
         self._transport.close()

@@ -40,6 +40,12 @@ def commit(pool: PoolOf) -> None:
     pool.commit()
 
 
+@router.post("/pool/reclaim")
+def reclaim(pool: PoolOf) -> None:
+    """Gives the space of what was deleted back to the host."""
+    pool.reclaim()
+
+
 @router.get("/attachments")
 def attachments(pool: PoolOf) -> list[Json]:
     """The layers in use."""

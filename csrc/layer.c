@@ -71,9 +71,22 @@ void layer_encode(tp_pool *pool, tp_layer *layer) {
   record_end(out, begin);
 }
 
+/* Deleted, but the store does not know yet: its record there must not bring the layer back. */
+static bool is_deleted(const tp_pool *pool, uint64_t id) {
+  const struct record_list *lists[] = {&pool->dirty, &pool->frozen};
+  for (int which = 0; which < 2; which++) {
+    for (size_t k = 0; k < lists[which]->count; k++) {
+      const struct record *r = lists[which]->items[k];
+      if (r->kind == TP_MAP && r->key == id && r->dead) return true;
+    }
+  }
+  return false;
+}
+
 static int layer_load(tp_pool *pool, uint64_t id, tp_layer **out) {
   *out = as_layer(cache_find(pool, TP_MAP, id));
   if (*out != NULL) return TP_OK;
+  if (is_deleted(pool, id)) return tp_error_record(TP_ENOENT, TP_MAP, id);
   struct reader in;
   int rc = record_fetch(pool, TP_MAP, id, &in);
   if (rc == TP_ENOENT) return tp_error_record(TP_ENOENT, TP_MAP, id);

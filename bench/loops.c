@@ -1,7 +1,6 @@
 /* loops.c - the same loops over a layer and over a plain file, so that their ratio is the engine's cost and nothing else.
  *
  * A transfer is a function pointer with the signature of tp_read and tp_write; a plain file's are below. */
-#define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <time.h>

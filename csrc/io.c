@@ -40,7 +40,7 @@ int disk_read(struct tp_pool *pool, void *buf, uint64_t length, uint64_t at) {
 int disk_write(struct tp_pool *pool, const void *buf, uint64_t length, uint64_t at) {
   const uint8_t *p = buf;
   while (length > 0) {
-    int64_t n = pool->disk.pwrite(pool->disk.ctx, p, length, at);
+    int64_t n = pool->disk.pwrite(pool->disk.ctx, p, min_u64(length, WRITE_MAX), at);
     if (n <= 0) return tp_error_os(n);
     p += n, at += (uint64_t)n, length -= (uint64_t)n;
   }
@@ -206,27 +206,65 @@ struct progress {
   bool overdue;
 };
 
-/* In pieces of at most a chunk: joining neighbours into one write would make large folios of them, and every later
- * small write into these dear. */
+static void advance(struct progress *p, uint64_t n) { p->buf += n, p->offset += n, p->length -= n; }
+
+/* As much as may be overwritten in place in one go: *n, found to be more than one chunk's piece where chunks are neighbours. */
+static uint64_t extend_in_place(struct io *io, const struct progress *p, uint64_t at, uint64_t *n) {
+  const tp_layer *layer = io->layer;
+  uint64_t size = chunk_size(layer->pool);
+  while (*n < p->length && *n < WRITE_MAX && (p->offset + *n) % size == 0) {
+    uint64_t index = (p->offset + *n) >> layer->pool->chunk_shift;
+    const struct slot *slot = layer_slot(layer, index / FANOUT);
+    unsigned piece = (unsigned)min_u64(size, p->length - *n);
+    if (slot == NULL || slot->tag != index / FANOUT + 1) break;
+    if (place_in_place(layer, slot->leaf, index, 0, piece) != at + *n) break;
+    *n += piece;
+  }
+  return *n;
+}
+
+/* How many whole chunks the write goes on for, within one leaf. */
+static unsigned whole_chunks(const struct tp_pool *pool, const struct progress *p) {
+  if (p->offset % chunk_size(pool) != 0) return 0;
+  uint64_t count = min_u64(p->length, WRITE_MAX) >> pool->chunk_shift;
+  return (unsigned)min_u64(count, FANOUT - (p->offset >> pool->chunk_shift) % FANOUT);
+}
+
+static int write_slowly(struct io *io, struct progress *p, uint64_t n, bool hole) {
+  struct tp_pool *pool = io->layer->pool;
+  int rc = io_upgrade(io, p->offset, p->length, true);
+  if (rc != TP_OK) return rc;
+  uint64_t index = p->offset >> pool->chunk_shift;
+  unsigned count = hole ? whole_chunks(pool, p) : 0, done = 0;
+  if (count > 1) {
+    rc = write_run(io->layer, index, count, p->buf, &done, &p->overdue);
+    advance(p, (uint64_t)done << pool->chunk_shift);
+    return rc;
+  }
+  unsigned offset = (unsigned)(p->offset & (chunk_size(pool) - 1));
+  rc = write_chunk(io->layer, index, offset, (unsigned)n, p->buf, &p->overdue);
+  if (rc == TP_OK) advance(p, n);
+  return rc;
+}
+
 static int write_locked(struct io *io, struct progress *p) {
   struct tp_pool *pool = io->layer->pool;
   while (p->length > 0 && !p->overdue) {
     uint64_t index = p->offset >> pool->chunk_shift;
     unsigned offset = (unsigned)(p->offset & (chunk_size(pool) - 1));
-    unsigned n = (unsigned)min_u64(p->length, chunk_size(pool) - offset);
+    uint64_t n = min_u64(p->length, chunk_size(pool) - offset);
     struct node *leaf;
     int rc = io_find_leaf(io, index, p->offset, p->length, true, &leaf);
     if (rc != TP_OK) return tp_error_where(rc, io->layer->rec.key, p->offset, n);
-    uint64_t at = place_in_place(io->layer, leaf, index, offset, n);
+    uint64_t at = place_in_place(io->layer, leaf, index, offset, (unsigned)n);
     if (at != UINT64_MAX) {
-      rc = disk_write(pool, p->buf, n, at);
+      rc = disk_write(pool, p->buf, extend_in_place(io, p, at, &n), at);
+      if (rc == TP_OK) advance(p, n);
     } else {
-      rc = io_upgrade(io, p->offset, p->length, true);
-      if (rc == TP_OK) rc = write_chunk(io->layer, index, offset, n, p->buf, &p->overdue);
+      rc = write_slowly(io, p, n, leaf == NULL || leaf->entry[index % FANOUT] == 0);
     }
     if (rc == TP_NEED_WINDOW) return rc;
     if (rc != TP_OK) return tp_error_where(rc, io->layer->rec.key, p->offset, n);
-    p->buf += n, p->offset += n, p->length -= n;
   }
   return TP_OK;
 }

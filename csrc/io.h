@@ -19,7 +19,10 @@ void io_end(struct io *io);
 /* The leaf of a chunk from its slot, filled if need be (which makes the lock exclusive). *out NULL: a hole. */
 int io_find_leaf(struct io *io, uint64_t index, uint64_t offset, uint64_t length, bool writing, struct node **out);
 
-/* Whole transfers to and from the data file. */
+/* Whole transfers to and from the data file. Writes go out in pieces of at most WRITE_MAX: what a larger one brings into
+ * the page cache as one folio makes each later small write into it several times dearer; what smaller pieces bring
+ * in makes large writes dearer (docs/DESIGN.md, "I/O to the data file"). */
+#define WRITE_MAX (512u * 1024)
 int disk_read(struct tp_pool *pool, void *buf, uint64_t length, uint64_t at);
 int disk_write(struct tp_pool *pool, const void *buf, uint64_t length, uint64_t at);
 int disk_write_zeros(struct tp_pool *pool, uint64_t length, uint64_t at);
@@ -27,6 +30,10 @@ int disk_write_zeros(struct tp_pool *pool, uint64_t length, uint64_t at);
 /* One chunk's piece of a write that needs the map changed, or looked at more closely; lock held exclusively. May
  * return TP_NEED_WINDOW. *overdue: a commit should come first, before the next write. */
 int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned length, const uint8_t *buf, bool *overdue);
+
+/* First writes of up to count whole chunks at once, as far as there are neighbouring holes in one leaf and neighbouring free
+ * chunks: *done says how many. Otherwise as write_chunk. */
+int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *buf, unsigned *done, bool *overdue);
 
 /* Puts the new entry in place of the old one, a split of which is freed; chunks that only the old one named lose a
  * reference. Counts of both loaded, new chunks counted already; mutex and lock held. */

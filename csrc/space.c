@@ -99,6 +99,20 @@ static struct page *find_dirty(struct tp_pool *pool, unsigned *i) {
   return NULL;
 }
 
+static void take(struct tp_pool *pool, struct page *page, unsigned i) {
+  clear_free(pool, page, i);
+  set_busy(page, i);
+  pool->space.taken++;
+}
+
+bool space_take_exactly(struct tp_pool *pool, uint64_t chunk) {
+  struct page *page = as_page(cache_find(pool, TP_CHUNK_PAGE, chunk / PAGE_VALUES));
+  if (page == NULL || !page->in_window || !bit_get(page->free, place(chunk))) return false;
+  if (!may_take(&pool->space, page->value[place(chunk)])) return false;
+  take(pool, page, place(chunk));
+  return true;
+}
+
 int space_take(struct tp_pool *pool, uint64_t hint, uint64_t *chunk, bool *dirty) {
   struct space *space = &pool->space;
   unsigned i = place(hint);
@@ -106,9 +120,7 @@ int space_take(struct tp_pool *pool, uint64_t hint, uint64_t *chunk, bool *dirty
   if (page == NULL || !page->in_window || !bit_get(page->free, i)) page = find_run(pool, &i);
   if (page != NULL && !may_take(space, page->value[i])) page = find_dirty(pool, &i);
   if (page == NULL || !may_take(space, page->value[i])) return TP_NEED_WINDOW;
-  clear_free(pool, page, i);
-  set_busy(page, i);
-  space->taken++;
+  take(pool, page, i);
   *chunk = page->rec.key * PAGE_VALUES + i;
   *dirty = page->value[i] == CHUNK_DIRTY;
   if (space_window_is_low(pool)) pthread_cond_signal(&pool->work);

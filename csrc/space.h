@@ -56,6 +56,8 @@ struct space {
 
 /* Takes a free chunk, the one after `hint` if it can. Dirty ones hold old bytes: *dirty. TP_NEED_WINDOW: see above. */
 int space_take(struct tp_pool *pool, uint64_t hint, uint64_t *chunk, bool *dirty);
+/* Takes exactly this chunk, if it is free. */
+bool space_take_exactly(struct tp_pool *pool, uint64_t chunk);
 void space_map(struct tp_pool *pool, uint64_t chunk);    /* the taken chunk has an entry now: count 1 */
 void space_untake(struct tp_pool *pool, uint64_t chunk); /* nothing came of it; it may hold bytes */
 void space_set_value(struct tp_pool *pool, struct page *page, unsigned i, uint32_t value); /* keeps the totals */

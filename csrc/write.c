@@ -157,3 +157,48 @@ int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned lengt
   pthread_mutex_unlock(&pool->mutex);
   return rc;
 }
+
+/* Holes in a row, in this layer's own leaf. */
+static unsigned holes_at(const struct node *leaf, unsigned i, unsigned count) {
+  unsigned n = 0;
+  while (n < count && leaf->entry[i + n] == 0) n++;
+  return n;
+}
+
+int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *buf, unsigned *done, bool *overdue) {
+  struct tp_pool *pool = layer->pool;
+  struct node *leaf;
+  bool mine, dirty;
+  uint64_t first;
+  unsigned i = index % FANOUT, n = 1;
+  pthread_mutex_lock(&pool->mutex);
+  int rc = map_own_leaf(layer, index / FANOUT, &leaf, &mine);
+  if (rc == TP_OK && (count = holes_at(leaf, i, count)) == 0) {
+    pthread_mutex_unlock(&pool->mutex); /* somebody was quicker: *done is 0, and the caller looks again */
+    return TP_OK;
+  }
+  if (rc == TP_OK) rc = space_take(pool, layer->next_chunk, &first, &dirty);
+  while (rc == TP_OK && n < count && space_take_exactly(pool, first + n)) n++;
+  pthread_mutex_unlock(&pool->mutex);
+  if (rc != TP_OK) return rc;
+  rc = disk_write(pool, buf, (uint64_t)n << pool->chunk_shift, first << pool->chunk_shift);
+  pthread_mutex_lock(&pool->mutex);
+  for (unsigned k = 0; k < n; k++) {
+    if (rc != TP_OK) {
+      space_untake(pool, first + k);
+      continue;
+    }
+    space_map(pool, first + k);
+    map_set_entry(layer, leaf, i + k, first + k + 1);
+    if (mine) bit_set(leaf->mine, i + k);
+  }
+  if (rc == TP_OK) {
+    layer->next_chunk = first + n;
+    pool->first_writes += n;
+    *done = n;
+  }
+  cache_trim(pool, layer);
+  *overdue = pool_is_overdue(pool);
+  pthread_mutex_unlock(&pool->mutex);
+  return rc;
+}

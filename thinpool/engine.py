@@ -22,6 +22,9 @@ from .api import Buffer
 _core = lib
 _ffi = ffi
 
+# Looked up once: these are called for each read and write.
+_read, _write, _from_buffer = _core.tp_read, _core.tp_write, _ffi.from_buffer
+
 NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE = range(1, 7)
 """Record kinds (``enum tp_kind``)."""
 WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 16
@@ -400,17 +403,17 @@ class EngineLayer:
 
     def read_into_unchecked(self, target: Any, length: int, offset: int) -> None:
         try:
-            rc = _core.tp_read(self.pointer, _ffi.from_buffer(target) if type(target) is bytes else target, length, offset)
+            rc = _read(self.pointer, _from_buffer(target) if type(target) is bytes else target, length, offset)
         except OverflowError:
             raise errors.OutOfRange(f"an offset that no layer has: {offset}") from None
         if rc:
             self._raise(rc, offset, length)
 
     def write(self, data: Buffer, offset: int) -> int:
-        source = data if type(data) is bytes else _ffi.from_buffer(data)
+        source = data if type(data) is bytes else _from_buffer(data)
         length = len(source)
         try:
-            rc = _core.tp_write(self.pointer, source, length, offset)
+            rc = _write(self.pointer, source, length, offset)
         except OverflowError:
             raise errors.OutOfRange(f"an offset that no layer has: {offset}") from None
         if rc:

@@ -28,6 +28,13 @@ if TYPE_CHECKING:  # loaded when there is a server, or none: a command should no
 
 BUSY_SECONDS = 10.0  # how long one process may hold the pool before we give up on it
 
+# Without the current directory on its path, where anybody may have put a module of some name; with this package on it.
+_PROGRAM = """import sys
+sys.path.append(sys.argv[1])
+from thinpool.server.process import main
+main(sys.argv[2], int(sys.argv[3]))
+"""
+
 
 def connect(path: str | Path, *, server: bool = False) -> Pool | RemotePool:
     """The pool in ``path``: through its server when one runs, else opened in this process.
@@ -102,7 +109,8 @@ def _start(path: Path) -> None:
 
     ready_fd, child_fd = os.pipe()
     with os.fdopen(ready_fd) as ready:
-        command = [sys.executable, "-m", "thinpool.server", os.path.abspath(path), str(child_fd)]
+        home = Path(__file__).parents[2]
+        command = [sys.executable, "-P", "-c", _PROGRAM, str(home), os.path.abspath(path), str(child_fd)]
         try:
             # Its standard error is ours until it has the pool and with it a log.
             starting = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True)

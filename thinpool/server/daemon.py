@@ -1,11 +1,11 @@
-"""The server's life: ``python -m thinpool.server POOL READY_FD`` is started by ``connect``, in a session of its own.
+"""The server's life: a process in a session of its own (``process``), started by ``connect``.
 
 ::
 
     start -> lock the pool -> bind the socket -> serve -> gate closed -> socket gone -> uses taken down, pool closed -> end
 
 The pool's lock decides who may start; only its holder touches the socket's name, so a socket left by a killed server is
-simply replaced. READY_FD is a pipe to the starter: it gets one JSON line, ``{"ready": pid}`` once the socket accepts, or
+simply replaced. The starter waits on a pipe: it gets one JSON line, ``{"ready": pid}`` once the socket accepts, or
 ``{"error": …}``. The server ends by itself when no connection, no request and no attachment has been there for
 IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT. Before it ends by itself it
 closes the gate, and looks at the attachments only then: a request is either answered or turned away, never lost.

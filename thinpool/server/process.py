@@ -1,4 +1,4 @@
-"""The server's process: ``python -m thinpool.server POOL READY_FD``, started by ``connect``.
+"""The server's process, started by ``connect``.
 
 It detaches itself first, so that its starter need not wait for it, and locks the pool before it loads the rest.
 """
@@ -19,11 +19,12 @@ _log = logging.getLogger("thinpool.server")
 _LOG_BYTES = 1 << 20  # a longer log is begun anew
 
 
-def main() -> None:
-    """Serves the pool and reports to the starter how the start went."""
-    path, ready_fd = Path(sys.argv[1]), int(sys.argv[2])
+def main(directory: str, ready_fd: int) -> None:
+    """Serves the pool in ``directory`` and reports to the starter, through ``ready_fd``, how the start went."""
     if os.fork():
         os._exit(0)
+    path = Path(directory)
+    os.set_inheritable(ready_fd, False)
     on_ready = os.fdopen(ready_fd, "w")
     try:
         with Pool.open(path) as pool:
@@ -56,6 +57,3 @@ def _log_to(path: Path) -> None:
     os.dup2(fd, sys.stderr.fileno())
     os.close(fd)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(message)s")
-
-
-main()

@@ -186,9 +186,6 @@ class Records:
     def oldest_reader(self) -> int:
         return NO_READER
 
-    def renew_ballast(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
 

@@ -35,7 +35,6 @@ class RecordStore(Protocol):
     def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int: ...
     def put_window(self, record: Record) -> None: ...
     def oldest_reader(self) -> int: ...
-    def renew_ballast(self) -> None: ...
 
 
 class Committer:
@@ -93,9 +92,9 @@ class Committer:
 class Housekeeper(threading.Thread):
     """Commits each second, extends the window ahead of need, reclaims deleted maps, and punches free chunks."""
 
-    def __init__(self, engine: Engine, committer: Committer, store: RecordStore) -> None:
+    def __init__(self, engine: Engine, committer: Committer) -> None:
         super().__init__(name="thinpool-housekeeper", daemon=True)
-        self._engine, self._committer, self._store = engine, committer, store
+        self._engine, self._committer = engine, committer
 
     def run(self) -> None:
         commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
@@ -106,7 +105,8 @@ class Housekeeper(threading.Thread):
                 punching = self._step(work)
                 if work & WORK_OVERDUE or monotonic() >= commit_at:
                     commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
-                    self._commit(work)
+                    if work & WORK_COMMIT:
+                        self._engine.flush()
             except PoolClosed:
                 return
             except ThinpoolError as error:
@@ -124,11 +124,6 @@ class Housekeeper(threading.Thread):
         elif work & WORK_PUNCH:
             return self._engine.punch(_PUNCH_STEP_BYTES)
         return False
-
-    def _commit(self, work: int) -> None:
-        if work & WORK_COMMIT:
-            self._engine.flush()
-        self._store.renew_ballast()
 
 
 def drain(engine: Engine) -> None:

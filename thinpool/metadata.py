@@ -3,8 +3,8 @@
 Every record is a value with a CRC-32C over its kind, key and content (docs/FORMAT.md). The engine's records (map
 nodes, counts, space) arrive framed and checksummed; layers, fingerprints and the pool's own record are framed here.
 A commit is one LMDB write transaction. The map size grows by itself: a transaction that does not fit is run again in
-a larger one. A file of ballast beside the store is given up when the host's disk is full, so that the commit that
-frees space still fits (DESIGN.md, "Reserve").
+a larger one. The store's file is allocated some way past its used end, so that the commit that frees space still fits
+on a full disk (DESIGN.md, "Reserve").
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAYER, FINGERPRINT, POOL = 7, 8, 9
 _OWN_DATABASES = {LAYER: b"layers", FINGERPRINT: b"fingerprints", POOL: b"pool"}
 _POOL_KEY = b"pool"
 _INITIAL_MAP_BYTES = 256 << 20
-_BALLAST_BYTES = 8 << 20
+_RESERVE_BYTES = 8 << 20
 
 
 def frame(kind: int, key: bytes, body: bytes) -> bytes:
@@ -67,7 +67,7 @@ class Metadata:
         self.read_only = read_only
         self._reads = threading.Lock()  # the map may be resized only while no read is under way
         self._grow_lock = threading.Lock()
-        self._ballast = path / "ballast"
+        self._reserved_to = 0  # bytes of the store's file that are known to be allocated
         with _lmdb_errors(path):
             self._env: Any = lmdb.open(
                 str(path), map_size=_INITIAL_MAP_BYTES, max_dbs=16, subdir=True, readonly=read_only, create=create, mode=0o600, max_readers=1024
@@ -161,7 +161,6 @@ class Metadata:
         features: dict[str, list[str]] = {"incompatible": [], "read_compatible": [], "compatible": []}
         record = {"version": FORMAT_VERSION, "uuid": str(uuid.uuid4()), "chunk_size": chunk_size, "capacity": capacity, "features": features}
         self._put_pool(record)
-        self._lay_ballast()
 
     def set_capacity(self, capacity: int) -> None:
         """Bytes that chunks may take; 0: no limit."""
@@ -213,34 +212,31 @@ class Metadata:
         self._write(write)
 
     def _write(self, write: Callable[[Any], object]) -> int:
-        """Runs a write transaction to its durable end: again in a larger map, and again without the ballast, if need be."""
+        """Runs a write transaction to its durable end: again in a larger map, if need be."""
         while True:
             try:
                 with _lmdb_errors(self.path), self._env.begin(write=True) as txn:
+                    self._reserve()
                     write(txn)
                     return int(txn.id())
             except lmdb.MapFullError:
                 self._grow()
-            except OutOfSpace:
-                if not self._ballast.exists():
-                    raise
-                self._ballast.unlink(missing_ok=True)
 
     def _grow(self) -> None:
         with self._grow_lock, self._reads:
             self._env.set_mapsize(self._env.info()["map_size"] * 2)
 
-    def _lay_ballast(self) -> None:
-        with suppress(OSError), open(self._ballast, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            os.posix_fallocate(file.fileno(), 0, _BALLAST_BYTES)
+    def _reserve(self) -> None:
+        """Takes disk space for the next transactions while there is some: LMDB writes past its used end, where only it may.
 
-    def renew_ballast(self) -> None:
-        """Lays the ballast anew, when there is room for it again."""
-        if self._ballast.exists():
+        In a write transaction, so that nobody writes to the file meanwhile.
+        """
+        used = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        if used + _RESERVE_BYTES // 2 <= self._reserved_to:
             return
-        stat = os.statvfs(self.path)
-        if stat.f_bavail * stat.f_frsize > 4 * _BALLAST_BYTES:
-            self._lay_ballast()
+        with suppress(OSError), open(self.path / "data.mdb", "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, used + _RESERVE_BYTES)
+            self._reserved_to = used + _RESERVE_BYTES
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class Pool:
             for layer_id in self._catalog.partial():
                 self._remove(layer_id)
             if background:
-                self._housekeeper = Housekeeper(self._engine, self._committer, self._store)
+                self._housekeeper = Housekeeper(self._engine, self._committer)
                 self._housekeeper.start()
 
     @classmethod

@@ -3,7 +3,7 @@
 ::
 
     data        the chunks, sparse
-    meta/       the LMDB environment, and ballast that is given up when the disk is full
+    meta/       the LMDB environment
     lock        held (flock) by the one process that has the pool open for writing; holds its pid
     server.sock, server.log, run/   the pool's server, while there is one
 """

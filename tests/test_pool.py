@@ -155,7 +155,8 @@ def test_a_timer_commits_without_being_asked(pool_path: Path) -> None:
         import os, sys, time, thinpool
         pool = thinpool.Pool.open(sys.argv[1])
         pool.create_layer("a", "1M").pwrite(b"a", 0)
-        while pool.engine.info().dirty: time.sleep(0.05)
+        txn = pool.engine.info().txn
+        while pool.engine.info().durable_txn < txn: time.sleep(0.05)
         os._exit(0)
     """
     Pool.create(pool_path).close()

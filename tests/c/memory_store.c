@@ -19,6 +19,7 @@ struct store {
   pthread_mutex_t window_mutex; /* one extension at a time */
   tp_pool *pool;
   uint64_t commits;
+  bool readers;
   struct item *buckets[BUCKETS];
 };
 
@@ -105,9 +106,10 @@ static int commit(void *ctx) {
   pthread_mutex_lock(&store->mutex);
   put_records(store, all, total);
   store->commits++;
+  uint64_t oldest = store->readers && store->commits % 4 == 0 ? store->commits - 2 : UINT64_MAX;
   pthread_mutex_unlock(&store->mutex);
   free(all);
-  return tp_release(store->pool, store->commits, UINT64_MAX);
+  return tp_release(store->pool, store->commits, oldest);
 }
 
 static int extend_window(void *ctx) {
@@ -134,6 +136,8 @@ void store_options(struct store *store, tp_options *options) {
 }
 
 void store_drop_window(struct store *store) { put(store, TP_STATE, 2, NULL, 0); }
+
+void store_pretend_readers(struct store *store, bool pretend) { store->readers = pretend; }
 
 uint64_t store_count(struct store *store, uint32_t kind) {
   uint64_t count = 0;

@@ -2,6 +2,8 @@
 #ifndef MEMORY_STORE_H
 #define MEMORY_STORE_H
 
+#include <stdbool.h>
+
 #include "thinpool.h"
 
 struct store;
@@ -13,6 +15,8 @@ void store_options(struct store *store, tp_options *options);
 void store_attach(struct store *store, tp_pool *pool);
 /* A clean close: what the stored window says is void, for all that was handed out is committed. */
 void store_drop_window(struct store *store);
+/* Whether commits claim, now and then, that a reader still looks at an older state, so that freed chunks are held. */
+void store_pretend_readers(struct store *store, bool pretend);
 uint64_t store_count(struct store *store, uint32_t kind);
 
 #endif

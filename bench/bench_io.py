@@ -20,6 +20,13 @@ SIZE = GIB // 2
 SEQUENTIAL_MIB = array("Q", range(0, 64 * MIB, MIB))
 
 
+def aligned(length: int) -> memoryview:
+    """Random bytes on pages of their own, as the loops in C have them."""
+    buffer = mmap.mmap(-1, length)
+    buffer.write(os.urandom(length))
+    return memoryview(buffer)
+
+
 def filled(pool: thinpool.Pool, loops: Loops, place: Path, name: str = "layer") -> tuple[Layer, int]:
     """A layer and a plain file, both written in order in pieces of a chunk."""
     layer, fd = pool.create_layer(name, SIZE), plain_file(place / name, SIZE)
@@ -32,7 +39,7 @@ def filled(pool: thinpool.Pool, loops: Loops, place: Path, name: str = "layer") 
 
 def test_sequential_reads_through_python(pool: thinpool.Pool, loops: Loops, place: Path, row: Any, benchmark: Any) -> None:
     layer, fd = filled(pool, loops, place)
-    buffer = memoryview(mmap.mmap(-1, MIB))
+    buffer = aligned(MIB)
 
     def ours() -> float:
         return clock(lambda: [layer.pread_into(buffer, offset) for offset in SEQUENTIAL_MIB])
@@ -44,7 +51,7 @@ def test_sequential_reads_through_python(pool: thinpool.Pool, loops: Loops, plac
 
 def test_sequential_overwrites_through_python(pool: thinpool.Pool, loops: Loops, place: Path, row: Any, benchmark: Any) -> None:
     layer, fd = filled(pool, loops, place)
-    data = memoryview(mmap.mmap(-1, MIB))
+    data = aligned(MIB)
 
     def ours() -> float:
         return clock(lambda: [layer.pwrite(data, offset) for offset in SEQUENTIAL_MIB])
@@ -67,7 +74,7 @@ def test_random_4k_in_c(pool: thinpool.Pool, loops: Loops, place: Path, row: Any
 
 @pytest.mark.parametrize("piece", [CHUNK, MIB], ids=["64K", "1M"])
 def test_first_writes_through_python(pool: thinpool.Pool, loops: Loops, place: Path, row: Any, benchmark: Any, piece: int) -> None:
-    data = os.urandom(piece)
+    data = aligned(piece)
     comparison = Comparison()
     span = 16 * MIB
     for round_number in range(7):

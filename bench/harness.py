@@ -10,9 +10,11 @@ import mmap
 import os
 import random
 import statistics
+import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ typedef int (*transfer)(void *, void *, uint64_t, uint64_t);
 int plain_read(void *, void *, uint64_t, uint64_t);
 int plain_write(void *, void *, uint64_t, uint64_t);
 double run(transfer, void *, void *, uint64_t, const uint64_t *, uint64_t);
+double longest(transfer, void *, void *, uint64_t, const uint64_t *, uint64_t, volatile int *);
 double run_two(transfer, void **, void **, uint64_t, const uint64_t *, uint64_t);
 """
 
@@ -84,6 +87,20 @@ class Loops:
         took = self._lib.run_two(bound[0][0], handles, pointers, length, source, len(offsets))
         assert took >= 0, f"{verb} failed"
         return float(took)
+
+    @contextmanager
+    def longest(self, target: Layer | int, verb: str, length: int, offsets: array[int]) -> Iterator[list[float]]:
+        """Transfers by a thread in C while the body runs; afterwards the list has the seconds of the one that took longest."""
+        move, handle = self._target(target, verb)
+        source, stop = self._ffi.cast("uint64_t *", self._ffi.from_buffer(offsets)), self._ffi.new("int *")
+        buffer, worst = self._ffi.from_buffer(self._buffers[0]), list[float]()
+        thread = threading.Thread(target=lambda: worst.append(self._lib.longest(move, handle, buffer, length, source, len(offsets), stop)))
+        thread.start()
+        try:
+            yield worst
+        finally:
+            stop[0] = 1
+            thread.join()
 
 
 def random_offsets(size: int, unit: int, count: int, seed: int) -> array[int]:

@@ -32,6 +32,20 @@ double run(transfer move, void *handle, void *buf, uint64_t length, const uint64
   return seconds() - start;
 }
 
+/* Goes round the offsets until *stop; the seconds of the transfer that took longest, or a negative error. */
+double longest(transfer move, void *handle, void *buf, uint64_t length, const uint64_t *offsets, uint64_t count,
+               volatile int *stop) {
+  double worst = 0;
+  for (uint64_t k = 0; !*stop; k = (k + 1) % count) {
+    double start = seconds();
+    int rc = move(handle, buf, length, offsets[k]);
+    if (rc < 0) return rc;
+    double took = seconds() - start;
+    if (took > worst) worst = took;
+  }
+  return worst;
+}
+
 struct job {
   transfer move;
   void *handle, *buf;

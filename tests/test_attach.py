@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,21 @@ def test_it_goes_when_its_owner_ends(pool: thinpool.Pool) -> None:
     with pytest.raises(thinpool.LayerState, match="no process"):
         layer.attach(owner=owner.pid)
     layer.attach()
+
+
+@needs_root()
+def test_many_at_once_get_a_device_each(pool: thinpool.Pool) -> None:
+    layers = [pool.create_layer(f"disk{i}", MIB) for i in range(12)]
+    with ThreadPoolExecutor(12) as threads:
+        for _ in range(3):
+            devices = list(threads.map(lambda layer: layer.attach().device, layers))
+            assert len(set(devices)) == len(layers)
+            for layer, device in zip(layers, devices, strict=True):
+                with open(device, "r+b") as file:
+                    file.write(layer.name.encode())
+                assert layer.pread(len(layer.name), 0) == layer.name.encode()
+            list(threads.map(lambda layer: layer.detach(), layers))
+    assert pool.attachments() == []
 
 
 @needs_root()

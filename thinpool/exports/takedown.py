@@ -162,6 +162,15 @@ def attempt(call: Callable[..., object], *arguments: object) -> bool:
     return True
 
 
+def _is_doomed(pid: int) -> bool:
+    """True once SIGKILL is pending: the threads that serve the tree are gone, or about to be."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    return any(int(mask, 16) & 1 << signal.SIGKILL - 1 for mask in re.findall(r"^(?:Sig|Shd)Pnd:\t(\w+)", status, re.MULTILINE))
+
+
 def main(run_directory: str, pid: int) -> None:
     """Wait until standard input or process ``pid`` ends, then take down what is left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
@@ -172,7 +181,9 @@ def main(run_directory: str, pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         poller.register(os.pidfd_open(pid), select.POLLIN)
         if os.getppid() == pid:  # else it has ended already, and the pid may be somebody else's
-            poller.poll()
+            # Killed while it waits for its own files, it cannot end until the connection is taken from it.
+            while not poller.poll(1000) and not _is_doomed(pid):
+                pass
     take_down(run_directory)
 
 

@@ -65,8 +65,10 @@ def filled(pool_path: Path) -> Path:
     return pool_path
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and file.name not in ("lock", "lock.mdb")}
+def contents(path: Path) -> dict[str, object]:
+    """What must not have changed; of the data file, which is long, when it was written."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in ("lock", "lock.mdb")]
+    return {str(file.relative_to(path)): file.stat().st_mtime_ns if file.name == "data" else file.read_bytes() for file in files}
 
 
 # --- no pool, or not one for this version ---

@@ -139,8 +139,12 @@ class Metadata:
 
     def usage(self) -> int:
         """Bytes of the store's pages in use."""
-        with self._reads, self._env.begin() as txn:
-            stats = [txn.stat(db) for db in self._dbs.values()]
+        with _lmdb_errors(self.path), self._reads:
+            if self._snapshot is not None:
+                stats = [self._snapshot.stat(db) for db in self._dbs.values()]
+            else:
+                with self._env.begin() as txn:
+                    stats = [txn.stat(db) for db in self._dbs.values()]
         pages = sum(stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats)
         return int(pages * self._env.stat()["psize"])
 

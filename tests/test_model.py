@@ -309,8 +309,6 @@ class Model(RuleBasedStateMachine):
         self.pool._committer.commit()  # the model learns of the layer only now
         self.verify(new)
 
-    # --- what is where ---
-
     @precondition(lambda self: self.layers)
     @rule(number=PICK)
     def extents(self, number: int) -> None:
@@ -349,8 +347,6 @@ class Model(RuleBasedStateMachine):
             assert (usage.virtual, usage.mapped, usage.exclusive, usage.shared) == (layer.size, mapped, exclusive, mapped - exclusive)
         assert self.pool.usage().layers == len(self.layers)
         assert self.pool.usage().allocated == stored.state.get("allocated", 0) * self.pool.chunk_size
-
-    # --- durability ---
 
     @rule()
     def commit(self) -> None:

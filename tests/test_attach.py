@@ -173,15 +173,21 @@ def test_closing_takes_everything_down(pool: thinpool.Pool) -> None:
     assert in_use(pool.path) == []
 
 
-VICTIM = """
-import sys, time, thinpool
-pool = thinpool.Pool.open(sys.argv[1])
-print(pool.layer("disk").attach().device, flush=True)
-print(pool.layer("files").mount(sys.argv[2]).mountpoint, flush=True)
-with open(sys.argv[2] + "/file", "wb") as file:
+# The load comes from a process of its own: one that is killed while it waits for files that it serves itself cannot end
+# before its guard has seen to that.
+WRITER = """
+import sys
+with open(sys.argv[1], "wb", buffering=0) as file:
     while True:
         file.write(bytes(1 << 20))
         file.seek(0)
+"""
+VICTIM = f"""
+import subprocess, sys, time, thinpool
+pool = thinpool.Pool.open(sys.argv[1])
+print(pool.layer("disk").attach().device, flush=True)
+print(pool.layer("files").mount(sys.argv[2]).mountpoint, flush=True)
+subprocess.Popen([sys.executable, "-c", {WRITER!r}, sys.argv[2] + "/file"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait()
 """
 
 

@@ -15,7 +15,7 @@ CORE = ROOT / "csrc"
 # Modules and sub-packages by rank: each may import from its own sub-package, and from lower ranks.
 RANKS = {
     **dict.fromkeys(("errors", "_core"), 0),
-    **dict.fromkeys(("units", "api"), 1),
+    **dict.fromkeys(("units", "api", "faults"), 1),
     **dict.fromkeys(("engine", "catalog", "layerfile", "poolfiles"), 2),
     "metadata": 3,
     "commits": 4,

@@ -7,8 +7,6 @@ again only to fetch a record that is not in memory, and to run a commit.
 
 from __future__ import annotations
 
-import errno
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from typing import Any, Protocol, cast
 from . import errors
 from ._core import ffi, lib
 from .api import Buffer
+from .faults import FAULTS
 
 _core = lib
 _ffi = ffi
@@ -27,6 +26,8 @@ _read, _write, _from_buffer = _core.tp_read, _core.tp_write, _ffi.from_buffer
 
 NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE = range(1, 7)
 """Record kinds (``enum tp_kind``)."""
+_ERRORS = {getattr(_core, code): fault for code, fault in FAULTS.items()}
+
 WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 16
 """Bits of :meth:`Engine.wait_work`."""
 BLOCK_SIZE = 4096
@@ -88,50 +89,6 @@ def is_zero(data: Buffer) -> bool:
     """True if every byte is zero."""
     view = _ffi.from_buffer(data)
     return bool(_core.tp_is_zero(view, len(view)))
-
-
-# --- errors: one table from code to exception ---
-
-
-def _corrupt(engine: Engine, info: Any) -> errors.ThinpoolError:
-    if not info.kind:
-        return errors.DamagedError(f"the data file is shorter than the pool's maps say: it was cut off{engine.where(info)}")
-    kinds = ("", "map node", "chunk count page", "node count page", "free space summary", "layer map", "pool state")
-    return errors.DamagedError(f"damaged metadata: {kinds[info.kind]} {info.key} does not match its checksum{engine.where(info)}")
-
-
-def _disk(engine: Engine, info: Any) -> errors.ThinpoolError:
-    return errors.DiskError(f"the host's disk failed: {os.strerror(info.os_error)}{engine.where(info)}", info.os_error or errno.EIO)
-
-
-def _space(engine: Engine, info: Any) -> errors.ThinpoolError:
-    what = "the host's disk is full" if info.os_error else "the pool's capacity is used up"
-    return errors.OutOfSpace(f"{what}{engine.where(info)}: remove layers, or raise the capacity")
-
-
-def _range(engine: Engine, info: Any) -> errors.ThinpoolError:
-    return errors.OutOfRange(f"past the end of the layer{engine.where(info)}")
-
-
-def _simple(kind: type[errors.ThinpoolError], message: str) -> Callable[[Engine, Any], errors.ThinpoolError]:
-    return lambda engine, info: kind(message + engine.where(info))
-
-
-_ERRORS: dict[int, Callable[[Engine, Any], errors.ThinpoolError]] = {
-    _core.TP_EIO: _disk,
-    _core.TP_ENOSPC: _space,
-    _core.TP_ERANGE: _range,
-    _core.TP_ESEALED: _simple(errors.LayerSealed, "a sealed layer never changes; clone it and write to the clone"),
-    _core.TP_EDELETED: _simple(errors.LayerDeleted, "the layer was deleted"),
-    _core.TP_ECLOSED: _simple(errors.PoolClosed, "the pool is closed"),
-    _core.TP_ECORRUPT: _corrupt,
-    _core.TP_ENOMEM: _simple(errors.DiskError, "out of memory"),
-    _core.TP_EFAILED: _simple(errors.PoolFailed, "the pool is in error mode after a failed sync or commit: reads go on, open it anew to write"),
-    _core.TP_EREADONLY: _simple(errors.PoolReadOnly, "the pool is open read-only"),
-    _core.TP_EINVAL: _simple(errors.BadSize, "a size or argument that the engine cannot take"),
-    _core.TP_ENOENT: _simple(errors.DamagedError, "a layer has no map record"),
-    _core.TP_ECALLBACK: _simple(errors.DiskError, "the metadata store failed"),
-}
 
 
 # --- callbacks from C ---
@@ -197,7 +154,7 @@ class Engine:
 
     # --- errors ---
 
-    def where(self, info: Any) -> str:
+    def _where(self, info: Any) -> str:
         """The part of a message that names layer and range."""
         if not info.layer_id:
             return ""
@@ -218,7 +175,7 @@ class Engine:
             info.layer_id, info.offset, info.length = layer_id, offset, length
         if isinstance(pending, errors.ThinpoolError):
             raise pending
-        raise _ERRORS[rc](self, info) from pending
+        raise _ERRORS[rc](info, self._where(info)) from pending
 
     def _guarded(self, work: Callable[[], object]) -> int:
         """Runs a callback; what it raises is raised again by the call that is under way in this thread."""

@@ -48,7 +48,14 @@ class ThinpoolError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.message,))
+        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+
+
+def _rebuild(kind: type[ThinpoolError], message: str, fields: dict[str, object]) -> ThinpoolError:
+    """For pickle and copy: OSError would take the message for something else."""
+    error = kind(message)
+    error.__dict__.update(fields)
+    return error
 
 
 class PoolNotFound(ThinpoolError, FileNotFoundError):

@@ -140,7 +140,8 @@ class Layer:
         return self._pool.branch(self, name, size, sealed=False, labels=labels)
 
     def seal(self) -> None:
-        """From now on the layer never changes."""
+        """From now on the layer never changes. Raises LayerBusy while it is attached or mounted: it would still be written."""
+        self._pool.require_unused(self, "seal")
         self._handle.seal()
 
     def resize(self, size: Size, *, allow_shrink: bool = False) -> None:
@@ -150,6 +151,8 @@ class Layer:
             raise BadSize("a layer cannot have no bytes")
         if new < self.size and not allow_shrink:
             raise BadSize(f"layer {self.name} has {self.size} bytes: {new} would cut it short (allow_shrink=True to do so)")
+        if new < self.size:
+            self._pool.require_unused(self, "shrink")
         self._handle.resize(new)
         self._pool.resized(self)
 

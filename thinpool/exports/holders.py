@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 
-def holders(device_number: int) -> tuple[str, ...]:
+def holders(device: str) -> tuple[str, ...]:
     """The processes that have a block device open, or something on its file system, or see it mounted in a mount namespace of
-    their own, as ``"bash (pid 4242)"``. Those that may not be looked at are left out."""
+    their own, as ``"bash (pid 4242)"``. Those that may not be looked at are left out.
+
+    Nothing is opened or looked at but the kernel's own tables: a stat of what others have open would wait on file systems
+    whose servers are gone.
+    """
+    number = f"{os.major(os.stat(device).st_rdev)}:{os.minor(os.stat(device).st_rdev)}"
     found = []
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and _uses(entry.path, device_number):
+        if entry.name.isdigit() and int(entry.name) != os.getpid() and _uses(entry.path, device, number):
             found.append(f"{_command(entry.path)} (pid {entry.name})")
     return tuple(found)
 
@@ -32,23 +36,27 @@ def _command(process: str) -> str:
         return "?"
 
 
-def _uses(process: str, device_number: int) -> bool:
-    if any(_is_on(f"{process}/{name}", device_number) for name in ("cwd", "root", "exe")):
-        return True
+def _uses(process: str, device: str, number: str) -> bool:
     try:
-        if any(_is_on(entry.path, device_number) for entry in os.scandir(f"{process}/fd")):
+        mountpoints = _mountpoints(process, number)
+        if mountpoints and os.readlink(f"{process}/ns/mnt") != os.readlink("/proc/self/ns/mnt"):
             return True
-        if os.readlink(f"{process}/ns/mnt") == os.readlink("/proc/self/ns/mnt"):
-            return False
-        number = f" {os.major(device_number)}:{os.minor(device_number)} "
-        return number in Path(process, "mountinfo").read_text(errors="replace")
+        links = [f"{process}/{name}" for name in ("cwd", "root", "exe")] + [entry.path for entry in os.scandir(f"{process}/fd")]
     except OSError:
         return False
+    return any(_leads_to(link, device, mountpoints) for link in links)
 
 
-def _is_on(path: str, device_number: int) -> bool:
+def _mountpoints(process: str, number: str) -> list[str]:
+    """Where a process sees the device mounted (proc(5), ``/proc/pid/mountinfo``; spaces are written as octal there)."""
+    lines = Path(process, "mountinfo").read_text(errors="replace").splitlines()
+    fields = [line.split() for line in lines]
+    return [field[4].encode().decode("unicode_escape") for field in fields if field[2] == number]
+
+
+def _leads_to(link: str, device: str, mountpoints: list[str]) -> bool:
     try:
-        status = os.stat(path)
+        path = os.readlink(link)
     except OSError:
         return False
-    return status.st_dev == device_number or (stat.S_ISBLK(status.st_mode) and status.st_rdev == device_number)
+    return path == device or any(path == mountpoint or path.startswith(f"{mountpoint}/") for mountpoint in mountpoints)

@@ -85,7 +85,7 @@ def detach(device: str) -> None:
     while loop_devices().get(number) == backing:
         if time.monotonic() > deadline:
             _keep(device)
-            users = holders(os.stat(device).st_rdev)
+            users = holders(device)
             raise LayerBusy(f"{device} is in use{describe(users)}: end that first", users)
         time.sleep(0.01)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 from typing import TYPE_CHECKING
 
@@ -67,6 +66,6 @@ def unmount_filesystem(directory: str, device: str) -> None:
             if error.errno != errno.EBUSY:
                 raise ToolFailed(f"cannot unmount {directory}: {error.strerror}") from error
         if time.monotonic() > deadline:
-            users = holders(os.stat(device).st_rdev)
+            users = holders(device)
             raise LayerBusy(f"{directory} is in use{describe(users)}: end that first", users)
         time.sleep(0.02)

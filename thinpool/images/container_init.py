@@ -87,6 +87,7 @@ def run_command(command: list[str]) -> None:
     """Becomes the command."""
     for number in (*FORWARDED, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     status, why = NOT_FOUND, "no such command in the container"
     for path in candidates(command[0]):
         try:
@@ -122,6 +123,7 @@ def forward_to(pid: int) -> None:
         signal.signal(number, forward)
     for number in (signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
 
 
 def reap_until(pid: int) -> int:
@@ -143,6 +145,7 @@ def init(root: str, hostname: str, command: list[str]) -> int:
 
 def main(parent: int, root: str, hostname: str, command: list[str]) -> int:
     die_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # what comes before there is a command waits for it
     checked(libc.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID), "unshare")
     alive, held = os.pipe()  # init, in a PID namespace of its own, cannot see whether its parent is still there
     child = os.fork()

@@ -118,6 +118,8 @@ def unpack(path: Path, directory: Path, *, progress: Progress | None = None) -> 
         raise ImportFailed(f"{path} is damaged at {member}: {error}") from error
     except ImportFailed as error:
         raise ImportFailed(f"{path}: {error}") from error
+    except (ValueError, OverflowError, IndexError) as error:  # numbers out of range, names with NUL, sparse maps that end early
+        raise ImportFailed(f"{path} is damaged at {member}: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutOfSpace(f"no room for {member} of {path}: give the layer a larger size, or the pool more capacity") from error
@@ -262,12 +264,10 @@ class _Tree:
     def _make_file(tar: tarfile.TarFile, info: tarfile.TarInfo, parent: int, name: str) -> None:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
         try:
-            content = tar.extractfile(info)
-            assert content is not None  # it is a regular file
+            content: Any = tar.fileobj  # not extractfile(): its files cannot skip the holes of a sparse one in a stream
+            content.seek(info.offset_data)  # the pieces of a sparse file follow one another there
             sparse: Any = info.sparse
             for start, length in [(0, info.size)] if sparse is None else sparse:
-                if sparse is not None:
-                    content.seek(start)
                 _copy(content, fd, start, length)
             os.ftruncate(fd, info.size)
             _set_attributes(fd, _attributes(info))

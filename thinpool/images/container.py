@@ -89,7 +89,7 @@ def _process_identity(pid: int) -> str | None:
 
 def _sweep(pool: PoolAPI) -> None:
     """Deletes layers whose ``--rm`` was not done because the process that would have done it was killed."""
-    for layer in pool.layers():
+    for layer in pool.layers(_REMOVE_LABEL):
         with suppress(ThinpoolError):  # somebody else sweeps too, or it is still being taken down
             _sweep_layer(layer)
 

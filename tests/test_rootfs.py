@@ -1,0 +1,92 @@
+"""Bases from root file system tarballs: complete and sealed, or not there at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import needs_root, needs_tool
+
+import thinpool
+from thinpool.errors import BadSize, ImportFailed, LayerExists, OutOfSpace
+from thinpool.images import filesystems
+
+pytestmark = [needs_root(), needs_tool("mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair")]
+
+SIZE = "320M"
+CHECK = {"ext4": ["e2fsck", "-fn"], "xfs": ["xfs_repair", "-n"]}
+
+
+def rootfs(path: Path, size: int = 200_000) -> Path:
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("etc/content")
+        info.size = size
+        tar.addfile(info, io.BytesIO(os.urandom(size)))
+    return path
+
+
+@pytest.mark.parametrize("kind", CHECK)
+def test_clean_sealed_and_cloned(pool: thinpool.Pool, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar = rootfs(tmp_path / "a.tar")
+    base = pool.import_rootfs(tar, "base", size=SIZE, filesystem=kind)
+    monkeypatch.setattr(filesystems, "run_tool", lambda command: pytest.fail(f"ran {command}"))  # mkfs runs once per pool
+    pool.import_rootfs(tar, "second", size=SIZE, filesystem=kind)
+    assert base.sealed and base.labels["thinpool.filesystem"] == kind
+    base.export_raw(tmp_path / "image")
+    checked = subprocess.run([*CHECK[kind], tmp_path / "image"], capture_output=True, text=True, timeout=60, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    clones = [base.clone(f"clone{number}") for number in range(3)]
+    for clone in clones:
+        directory = tmp_path / clone.name
+        directory.mkdir()
+        clone.mount(directory)
+        (directory / "own").write_text(clone.name)
+    for clone in clones:
+        assert (tmp_path / clone.name / "own").read_text() == clone.name
+        assert (tmp_path / clone.name / "etc/content").stat().st_size == 200_000
+        clone.unmount()
+
+
+def test_failure_leaves_nothing(pool: thinpool.Pool, tmp_path: Path) -> None:
+    tar = rootfs(tmp_path / "a.tar", 8 << 20)
+    pool.import_rootfs(tar, "base", size=SIZE)
+    tar.write_bytes(tar.read_bytes()[: 6 << 20])
+    names, allocated = [layer.name for layer in pool.layers()], pool.usage().allocated
+    with pytest.raises(ImportFailed, match="content"):
+        pool.import_rootfs(tar, "broken", size=SIZE)
+    with pytest.raises(LayerExists):
+        pool.import_rootfs(tar, "base", size=SIZE)
+    with pytest.raises(BadSize):
+        pool.import_rootfs(tar, "small", size="1M")
+    pool.reclaim()
+    assert [layer.name for layer in pool.layers()] == names
+    assert pool.usage().allocated == allocated
+
+
+def test_no_room_in_the_file_system(pool: thinpool.Pool, tmp_path: Path) -> None:
+    with pytest.raises(OutOfSpace, match="content"):
+        pool.import_rootfs(rootfs(tmp_path / "a.tar", 40 << 20), "base", size="16M")
+    assert [layer.name for layer in pool.layers() if not layer.name.startswith("thinpool/blank/")] == []
+
+
+def test_killed_import_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
+    tar = rootfs(tmp_path / "a.tar", 64 << 20)
+    thinpool.Pool.create(pool_path).close()
+    code = "import sys, thinpool; thinpool.Pool.open(sys.argv[1]).import_rootfs(sys.argv[2], 'base', size='320M')"
+    process = subprocess.Popen([sys.executable, "-c", code, pool_path, tar])
+    deadline = time.monotonic() + 20
+    while not list(pool_path.glob("run/import-*/etc")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=20)
+    with thinpool.Pool.open(pool_path) as pool:
+        assert {layer.name for layer in pool.layers()} <= {f"thinpool/blank/ext4/{320 << 20}"}
+        pool.reclaim()
+        assert pool.usage().allocated < 8 << 20

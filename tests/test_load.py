@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 from conftest import needs_root, needs_tool
@@ -56,7 +57,7 @@ class Load:
         self.failures: list[BaseException] = []
         self._threads = [threading.Thread(target=self._work, args=(number,)) for number in range(THREADS)]
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

@@ -80,32 +80,19 @@ static int zero_within_block(tp_layer *layer, uint64_t offset, uint64_t length) 
   return tp_write(layer, zeros, length, offset);
 }
 
-int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
+/* Whole blocks, a leaf at a time, as long as the layer has that size. Returns 1 if it was resized meanwhile, with *first moved
+ * to where to go on: where the last block ends is another question then. */
+static int discard_whole(tp_layer *layer, uint64_t *first, uint64_t last, uint64_t size) {
   struct io io;
-  int rc = io_begin(&io, layer, offset, length, true);
-  uint64_t size = layer->size;
-  io_end(&io);
-  if (rc != TP_OK || length == 0) return rc;
-  uint64_t end = offset + length;
-  uint64_t first = (offset + TP_BLOCK - 1) / TP_BLOCK * TP_BLOCK;
-  uint64_t last = end == size ? end : end / TP_BLOCK * TP_BLOCK; /* behind the size there is nothing to keep */
-  if (first >= last) {
-    rc = zero_within_block(layer, offset, min_u64(end, first) - offset);
-    return rc == TP_OK && end > first ? zero_within_block(layer, first, end - first) : rc;
-  }
-  rc = zero_within_block(layer, offset, first - offset);
-  if (rc == TP_OK) rc = zero_within_block(layer, last, end - last);
-  while (rc == TP_OK && first < last) {
+  int rc = TP_OK;
+  while (rc == TP_OK && *first < last) {
     bool overdue = false;
-    rc = io_begin(&io, layer, first, 0, true);
-    if (rc == TP_OK) rc = io_upgrade(&io, first, 0, true);
-    if (rc == TP_OK && layer->size != size) { /* resized meanwhile: where the last block ends is another question now */
-      io_end(&io);
-      return tp_discard(layer, first, end - first);
-    }
+    rc = io_begin(&io, layer, 0, 0, true);
+    if (rc == TP_OK) rc = io_upgrade(&io, 0, 0, true);
+    if (rc == TP_OK && layer->size != size) rc = 1;
     if (rc == TP_OK) {
       pthread_mutex_lock(&layer->pool->mutex);
-      rc = discard_step(layer, &first, last);
+      rc = discard_step(layer, first, last);
       cache_trim(layer->pool, layer);
       overdue = pool_is_overdue(layer->pool);
       pthread_cond_signal(&layer->pool->work);
@@ -114,5 +101,32 @@ int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
     io_end(&io);
     if (rc == TP_OK && overdue) rc = tp_flush(layer->pool);
   }
+  return rc;
+}
+
+static uint64_t block_up(uint64_t offset) { return (offset + TP_BLOCK - 1) / TP_BLOCK * TP_BLOCK; }
+
+int discard_beyond(tp_layer *layer, uint64_t size, uint64_t old_size) {
+  uint64_t first = block_up(size);
+  int rc = discard_whole(layer, &first, block_up(old_size), size);
+  return rc == 1 ? TP_OK : rc; /* a reset gave it another size: with another content, of which nothing is to be cut */
+}
+
+int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
+  struct io io;
+  int rc = io_begin(&io, layer, offset, length, true);
+  uint64_t size = layer->size;
+  io_end(&io);
+  if (rc != TP_OK || length == 0) return rc;
+  uint64_t end = offset + length, first = block_up(offset);
+  uint64_t last = end == size ? end : end / TP_BLOCK * TP_BLOCK; /* behind the size there is nothing to keep */
+  if (first >= last) {
+    rc = zero_within_block(layer, offset, min_u64(end, first) - offset);
+    return rc == TP_OK && end > first ? zero_within_block(layer, first, end - first) : rc;
+  }
+  rc = zero_within_block(layer, offset, first - offset);
+  if (rc == TP_OK) rc = zero_within_block(layer, last, end - last);
+  if (rc == TP_OK) rc = discard_whole(layer, &first, last, size);
+  if (rc == 1) return tp_discard(layer, first, end - first);
   return rc == TP_OK ? rc : tp_error_where(rc, layer->rec.key, first, last - first);
 }

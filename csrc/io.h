@@ -35,6 +35,9 @@ int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned lengt
  * chunks: *done says how many. Otherwise as write_chunk. */
 int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *buf, unsigned *done, bool *overdue);
 
+/* After the size went from old_size to size: nothing is mapped beyond it, whoever wrote there until then. */
+int discard_beyond(tp_layer *layer, uint64_t size, uint64_t old_size);
+
 /* Puts the new entry in place of the old one, a split of which is freed; chunks that only the old one named lose a
  * reference. Counts of both loaded, new chunks counted already; mutex and lock held. */
 void replace_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t entry);

@@ -6,7 +6,7 @@
  *       +-------- tp_layer_delete -----+--> DELETED   (at once; its space comes back through tp_reclaim)
  *   any --- tp_pool_close --> CLOSED
  */
-#include "map.h"
+#include "io.h"
 
 #define SIZE_MAX_BYTES ((uint64_t)1 << 60)
 
@@ -217,15 +217,21 @@ static int set_size(tp_layer *layer, uint64_t size) {
   return rc;
 }
 
+/* What is cut off is zeroed and unmapped first, so that growing again shows zeros; and once more when nobody can write there
+ * any longer. */
+static int shrink(tp_layer *layer, uint64_t old, uint64_t size) {
+  int rc = tp_discard(layer, size, old - size);
+  if (rc == TP_OK) rc = set_size(layer, size);
+  return rc == TP_OK ? discard_beyond(layer, size, old) : rc;
+}
+
 int tp_layer_resize(tp_layer *layer, uint64_t size) {
   if (size == 0 || size > SIZE_MAX_BYTES) return tp_error_set(TP_EINVAL);
+  pthread_mutex_lock(&layer->pool->resizing);
   uint64_t old = tp_layer_size(layer);
-  /* What is cut off is unmapped and zeroed first, so that growing again shows zeros. */
-  if (size < old) {
-    int rc = tp_discard(layer, size, old - size);
-    if (rc != TP_OK) return rc;
-  }
-  return set_size(layer, size);
+  int rc = size < old ? shrink(layer, old, size) : set_size(layer, size);
+  pthread_mutex_unlock(&layer->pool->resizing);
+  return rc;
 }
 
 uint64_t tp_layer_size(tp_layer *layer) { return layer->size; }

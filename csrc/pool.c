@@ -89,11 +89,13 @@ static void destroy(tp_pool *pool) {
   pthread_cond_destroy(&pool->committed);
   pthread_cond_destroy(&pool->work);
   pthread_mutex_destroy(&pool->mutex);
+  pthread_mutex_destroy(&pool->resizing);
   free(pool);
 }
 
 static void init_locks(tp_pool *pool) {
   pthread_mutex_init(&pool->mutex, NULL);
+  pthread_mutex_init(&pool->resizing, NULL);
   pthread_cond_init(&pool->committed, NULL);
   pthread_condattr_t attr;
   pthread_condattr_init(&attr);

@@ -42,6 +42,7 @@ struct tp_layer {
 
 struct tp_pool {
   pthread_mutex_t mutex;
+  pthread_mutex_t resizing; /* one tp_layer_resize at a time; taken before all others */
   pthread_cond_t committed; /* a commit ended */
   pthread_cond_t work;      /* for tp_wait_work */
   tp_options options;

@@ -82,16 +82,12 @@ class Catalog:
     def get(self, layer_id: int) -> LayerRecord | None:
         return self._records.get(layer_id)
 
-    def ids(self) -> list[int]:
-        """All ids, oldest first."""
-        return sorted(self._records)
+    def ids(self, label: str | None = None) -> list[int]:
+        """All ids, or those of layers that have the label; oldest first."""
+        return sorted(layer_id for layer_id, record in self._records.items() if label is None or label in record.labels)
 
     def children(self, layer_id: int) -> list[int]:
         return sorted(self._children.get(layer_id, ()))
-
-    def partial(self) -> list[int]:
-        """Layers that an import never finished."""
-        return [layer_id for layer_id, record in self._records.items() if PARTIAL_LABEL in record.labels]
 
     def add(self, layer_id: int, record: LayerRecord) -> None:
         self._insert(layer_id, record)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, Self
 from weakref import WeakSet, WeakValueDictionary
 
 from .api import Attachment, Extent, LayerAPI, PoolUsage, Progress, Size
-from .catalog import Catalog, LayerRecord
+from .catalog import PARTIAL_LABEL, Catalog, LayerRecord
 from .commits import Committer, Housekeeper, drain
 from .engine import Engine, EngineLayer
 from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
@@ -96,7 +96,7 @@ class Pool:
         self._housekeeper: Housekeeper | None = None
         _open_pools.add(self)
         if not read_only:
-            for layer_id in self._catalog.partial():
+            for layer_id in self._catalog.ids(PARTIAL_LABEL):  # imports that never ended
                 self._remove(layer_id)
             if background:
                 self._housekeeper = Housekeeper(self._engine, self._committer)
@@ -288,11 +288,11 @@ class Pool:
                 layer = self._layers[layer_id] = Layer(self, self._engine.layer(layer_id))
             return layer
 
-    def layers(self) -> list[Layer]:
-        """All layers, oldest first."""
+    def layers(self, label: str | None = None) -> list[Layer]:
+        """All layers, or those that have the label; oldest first."""
         self._require_open()
         with self._lock:
-            return [self.layer_by_id(layer_id) for layer_id in self._catalog.ids()]
+            return [self.layer_by_id(layer_id) for layer_id in self._catalog.ids(label)]
 
     def record(self, layer_id: int) -> LayerRecord | None:
         """The catalog's record; ``None`` once the layer is deleted."""

@@ -66,13 +66,14 @@ class RemotePool:
         """The layer of that name. Raises LayerNotFound."""
         return self._layer(self._transport.json("GET", "/layer", name=name))
 
-    def layers(self) -> list[RemoteLayer]:
-        """All layers."""
-        return [RemoteLayer(self._transport, record.id) for record in self.records()]
+    def layers(self, label: str | None = None) -> list[RemoteLayer]:
+        """All layers, or those that have the label."""
+        return [RemoteLayer(self._transport, record.id) for record in self.records(label)]
 
-    def records(self, *, with_usage: bool = False) -> list[LayerRecord]:
+    def records(self, label: str | None = None, *, with_usage: bool = False) -> list[LayerRecord]:
         """What there is to say about each layer, in one request."""
-        answer = self._transport.json("GET", "/layers", with_usage=int(with_usage))
+        query = {} if label is None else {"label": label}
+        answer = self._transport.json("GET", "/layers", with_usage=int(with_usage), **query)
         return [LayerRecord.from_json(data) for data in answer]
 
     def diff(self, from_layer: str | LayerAPI, to_layer: str | LayerAPI) -> Iterator[Extent]:

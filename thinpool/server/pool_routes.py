@@ -53,9 +53,9 @@ def attachments(pool: PoolOf) -> list[Json]:
 
 
 @router.get("/layers")
-def layers(pool: PoolOf, with_usage: bool = False) -> list[Json]:
-    """All layers."""
-    return [record.to_json() for record in records_of(pool, with_usage=with_usage)]
+def layers(pool: PoolOf, label: str | None = None, with_usage: bool = False) -> list[Json]:
+    """All layers, or those that have the label."""
+    return [record.to_json() for record in records_of(pool, label, with_usage=with_usage)]
 
 
 @router.get("/layer")

@@ -64,10 +64,10 @@ def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
     )
 
 
-def records_of(pool: PoolAPI, *, with_usage: bool = False) -> list[LayerRecord]:
-    """A record for each layer of the pool; one that is deleted meanwhile is left out."""
+def records_of(pool: PoolAPI, label: str | None = None, *, with_usage: bool = False) -> list[LayerRecord]:
+    """A record for each layer of the pool, or each that has the label; one that is deleted meanwhile is left out."""
     records = []
-    for layer in pool.layers():
+    for layer in pool.layers(label):
         try:
             records.append(record_of(layer, with_usage=with_usage))
         except errors.LayerDeleted:

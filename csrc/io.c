@@ -189,6 +189,7 @@ static uint64_t place_in_place(const tp_layer *layer, const struct node *leaf, u
                                unsigned length) {
   unsigned i = index % FANOUT;
   if (leaf == NULL || leaf->mine_epoch != layer->epoch || !bit_get(leaf->mine, i)) return UINT64_MAX;
+  if (layer_is_past_end(layer, index, offset, length)) return UINT64_MAX;
   uint64_t entry = leaf->entry[i];
   if (entry_is_split(entry)) {
     const struct split *split = entry_split(entry);

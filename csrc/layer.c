@@ -66,6 +66,7 @@ void layer_encode(tp_pool *pool, tp_layer *layer) {
   codec_put_varint(out, layer->root);
   codec_put_varint(out, layer->height);
   codec_put_varint(out, layer->size);
+  layer->stored_size = layer->size;
   codec_put_varint(out, layer->mapped_refs);
   codec_put_varint(out, layer->state == LAYER_SEALED);
   record_end(out, begin);
@@ -102,6 +103,7 @@ static int layer_load(tp_pool *pool, uint64_t id, tp_layer **out) {
     layer_free(layer);
     return tp_error_record(TP_ECORRUPT, TP_MAP, id);
   }
+  layer->durable_size = layer->size;
   cache_insert(pool, &layer->rec);
   *out = layer;
   return TP_OK;
@@ -145,7 +147,7 @@ int tp_layer_create(tp_pool *pool, uint64_t id, uint64_t size, tp_layer **out) {
   int rc = check_change(pool);
   if (rc == TP_OK) {
     tp_layer *layer = layer_alloc(pool, id);
-    layer->size = size;
+    layer->size = layer->durable_size = size;
     cache_insert(pool, &layer->rec);
     record_touch(pool, &layer->rec);
     *out = handle(layer);
@@ -175,7 +177,7 @@ int tp_layer_branch(tp_layer *source, uint64_t id, uint64_t size, int sealed, tp
   if (rc == TP_OK) rc = load_root_count(source);
   if (rc == TP_OK) {
     tp_layer *layer = layer_alloc(pool, id);
-    layer->size = size;
+    layer->size = layer->durable_size = size;
     layer->state = sealed ? LAYER_SEALED : LAYER_WRITABLE;
     layer->root = source->root;
     layer->height = source->height;
@@ -189,6 +191,11 @@ int tp_layer_branch(tp_layer *source, uint64_t id, uint64_t size, int sealed, tp
   pthread_mutex_unlock(&pool->mutex);
   pthread_rwlock_unlock(&source->lock);
   return rc;
+}
+
+void layer_release(tp_layer *layer) {
+  layer->durable_size = min_u64(layer->stored_size, layer->size);
+  layer->tail_chunk = 0;
 }
 
 int tp_layer_seal(tp_layer *layer) {
@@ -211,6 +218,7 @@ static int set_size(tp_layer *layer, uint64_t size) {
     pthread_mutex_lock(&layer->pool->mutex);
     record_touch(layer->pool, &layer->rec);
     layer->size = size;
+    layer->durable_size = min_u64(layer->durable_size, size);
     pthread_mutex_unlock(&layer->pool->mutex);
   }
   pthread_rwlock_unlock(&layer->lock);

@@ -37,6 +37,11 @@ struct tp_layer {
   uint64_t mapped_refs;
   uint64_t epoch;        /* unique in the pool; a new one whenever something of the layer may have become shared */
   uint64_t next_chunk;   /* where to go on allocating */
+  /* Bytes behind the end are zero in every committed state (I6), or growing would show them. So in the chunk in which the
+   * durable size ends, nothing behind that is overwritten in place until the larger size is durable too. */
+  _Atomic uint64_t durable_size;
+  uint64_t stored_size;  /* as in the record that was encoded last */
+  uint64_t tail_chunk;   /* chunk + 1 that takes what lies behind the end meanwhile: no committed state names it */
   struct slot *slots;    /* SLOT_COUNT, or NULL while unused */
 };
 
@@ -89,9 +94,16 @@ static inline bool pool_is_overdue(const struct tp_pool *pool) {
   return pool->dirty.count * sizeof(struct node) > pool->cache.limit / 2 || pool->space.freed_now > FREED_PER_COMMIT;
 }
 
+/* The piece of a chunk reaches behind the durable end of the layer. */
+static inline bool layer_is_past_end(const struct tp_layer *layer, uint64_t index, uint64_t offset, uint64_t length) {
+  uint64_t end = layer->durable_size;
+  return index == end >> layer->pool->chunk_shift && (index << layer->pool->chunk_shift) + offset + length > end;
+}
+
 /* layer.c */
 void layer_free(struct tp_layer *layer);
 void layer_encode(struct tp_pool *pool, struct tp_layer *layer);
+void layer_release(struct tp_layer *layer); /* its stored record is durable */
 void layer_drop_slots(struct tp_layer *layer); /* mutex held; lock held exclusively, or no handle is left */
 int layer_check(const struct tp_layer *layer, bool writing); /* lock held: TP_OK, or why not */
 

@@ -83,6 +83,7 @@ static void release_record(struct record *record, unsigned parity) {
   assert(!record->frozen); /* the store has all of them */
   record->storing = false;
   if (record->kind == TP_CHUNK_PAGE || record->kind == TP_NODE_PAGE) page_release(as_page(record), parity);
+  if (record->kind == TP_MAP && !record->dead) layer_release(as_layer(record));
   if (!record->dead || record->dirty) return;
   if (record->kind == TP_NODE) node_free(as_node(record));
   else if (record->kind == TP_MAP && record->pins == 0) layer_free(as_layer(record));

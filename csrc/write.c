@@ -18,15 +18,16 @@ struct target {
   bool in_place;       /* the entry names chunk for these blocks already */
 };
 
-static int choose(tp_layer *layer, uint64_t index, struct target *t) {
+static int choose(tp_layer *layer, uint64_t index, unsigned offset, unsigned length, struct target *t) {
   struct tp_pool *pool = layer->pool;
+  bool past_end = layer_is_past_end(layer, index, offset, length);
   t->i = index % FANOUT;
   int rc = map_own_leaf(layer, index / FANOUT, &t->leaf, &t->mine);
   if (rc != TP_OK) return rc;
   t->entry = t->leaf->entry[t->i];
   if ((rc = entry_load_counts(pool, t->entry)) != TP_OK) return rc;
   uint64_t own = entry_is_split(t->entry) ? entry_split(t->entry)->own : t->entry;
-  if (own != 0 && t->mine) {
+  if (own != 0 && t->mine && (!past_end || own == layer->tail_chunk)) {
     uint64_t ignored;
     if ((rc = load_count(pool, TP_CHUNK_PAGE, own - 1, &ignored)) != TP_OK) return rc;
     if (count_is_mine(pool, TP_CHUNK_PAGE, own - 1)) {
@@ -40,6 +41,7 @@ static int choose(tp_layer *layer, uint64_t index, struct target *t) {
   if (rc == TP_OK) {
     t->fresh = true;
     layer->next_chunk = t->chunk + 1;
+    if (past_end) layer->tail_chunk = t->chunk + 1;
   }
   return rc;
 }
@@ -141,7 +143,7 @@ int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned lengt
   struct tp_pool *pool = layer->pool;
   struct target t = {0};
   pthread_mutex_lock(&pool->mutex);
-  int rc = choose(layer, index, &t);
+  int rc = choose(layer, index, offset, length, &t);
   pthread_mutex_unlock(&pool->mutex);
   if (rc != TP_OK) return rc;
   rc = write_data(pool, &t, offset, length, buf);

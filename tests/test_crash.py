@@ -296,3 +296,24 @@ def test_a_failed_sync_is_final(tmp_path: Path) -> None:
         pool.commit()
     assert layer.pread(1, 0) == b"x"
     pool.engine.close()
+
+
+def test_a_lost_growth_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
+    """The bytes written behind the old end went to the disk, the larger size did not: growing again must show zeros."""
+    world = World(tmp_path, 65536, random.Random(1))
+    pool = world.open()
+    layer = pool.create_layer("a", 1542)
+    layer.pwrite(b"x" * 1542, 0)
+    pool.commit()
+    layer.resize(9000)
+    layer.pwrite(b"y" * 7458, 1542)
+    assert layer.pread(9000, 0) == b"x" * 1542 + b"y" * 7458
+    world.disk._sync(None)
+    pool.engine.close()
+    world.reboot()
+    pool = world.open()
+    layer = pool.layer("a")
+    assert layer.size == 1542
+    layer.resize(9000)
+    assert layer.pread(9000, 0) == b"x" * 1542 + bytes(7458)
+    pool.engine.close()

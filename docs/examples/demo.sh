@@ -25,7 +25,10 @@ finish() {
             thinpool umount "$name" >/dev/null 2>&1 || true
         done
         tries=0 # the pool's server stops by itself once nothing is attached
-        while [ -S "$THINPOOL_POOL/server.sock" ] && [ $tries -lt 50 ]; do sleep 0.2; tries=$((tries + 1)); done
+        while { [ -S "$THINPOOL_POOL/server.sock" ] || grep -q " $work/" /proc/mounts; } && [ $tries -lt 75 ]; do
+            sleep 0.2
+            tries=$((tries + 1))
+        done
     fi
     rm -rf --one-file-system "$work"
     exit $status

@@ -11,6 +11,7 @@ Its environment is the command's. See namespaces(7), pid_namespaces(7), pivot_ro
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import stat
@@ -70,17 +71,33 @@ def mount_point(root: str, name: str) -> str:
 
 
 def enter_root(root: str, hostname: str) -> None:
-    mount("none", "/", flags=MS_REC | MS_PRIVATE)  # nothing mounted here is seen outside
+    in_chroot = not keep_to_ourselves(root)
     mount(root, root, flags=MS_BIND | MS_REC)
     mount("proc", mount_point(root, "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     mount("sysfs", mount_point(root, "sys"), "sysfs", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
     make_devices(mount_point(root, "dev"))
     os.chdir(root)
-    checked(libc.syscall(SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
-    checked(libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    if in_chroot:
+        os.chroot(".")
+    else:
+        checked(libc.syscall(SYS_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
+        checked(libc.umount2(b".", MNT_DETACH), "umount of the old root")
     os.chdir("/")
     name = hostname.encode()
     checked(libc.sethostname(name, len(name)), "sethostname")
+
+
+def keep_to_ourselves(root: str) -> bool:
+    """What is mounted from here on is not seen outside. False in a chroot, whose root is no mount point, as pivot_root wants it
+    to be too: there only what is below the container's root is made private."""
+    try:
+        mount("none", "/", flags=MS_REC | MS_PRIVATE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        mount("none", root, flags=MS_REC | MS_PRIVATE)
+        return False
+    return True
 
 
 def run_command(command: list[str]) -> None:

@@ -97,10 +97,13 @@ class Model(RuleBasedStateMachine):
         self.pool._committer.commit = observed  # type: ignore[method-assign]
 
     def teardown(self) -> None:
-        if hasattr(self, "pool"):
-            self.verify_all()
-            self.pool.close()
-        shutil.rmtree(self.directory)
+        try:
+            if hasattr(self, "pool"):
+                self.verify_all()
+        finally:
+            if hasattr(self, "pool"):
+                self.pool.close()
+            shutil.rmtree(self.directory)
 
     def note(self, key: int, blocks: dict[int, bytes]) -> None:
         for block, data in blocks.items():

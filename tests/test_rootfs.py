@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def test_killed_import_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
         assert {layer.name for layer in pool.layers()} <= {f"thinpool/blank/ext4/{320 << 20}"}
         pool.reclaim()
         assert pool.usage().allocated < 8 << 20
+
+
+@needs_root()
+@needs_tool("mkfs.ext4")
+def test_two_imports_at_once_share_one_blank(pool: thinpool.Pool, tmp_path: Path) -> None:
+    tarball = tmp_path / "rootfs.tar"
+    with tarfile.open(tarball, "w") as tar:
+        tar.add(__file__, "file")
+    with ThreadPoolExecutor(4) as threads:
+        layers = list(threads.map(lambda number: pool.import_rootfs(tarball, f"base{number}", size="64M"), range(4)))
+    assert len(pool.layers("thinpool.blank")) == 1
+    assert all(layer.sealed for layer in [*layers, *pool.layers("thinpool.blank")])
+    assert not pool.layers("thinpool.partial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -74,7 +75,8 @@ def run(
 
     try:
         with opened(ctx, pool, server=True) as p:
-            status = run_container(p, layer, command, name=name, remove=remove, size=size)
+            environment = {"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}
+            status = run_container(p, layer, command, name=name, remove=remove, size=size, environment=environment)
     except Exception as error:
         if not is_expected(error):
             raise

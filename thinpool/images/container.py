@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from ..api import LayerAPI, PoolAPI, Size
-from ..errors import LayerBusy, LayerState, NeedsRoot, ThinpoolError
+from ..errors import BadName, LayerBusy, LayerState, NeedsRoot, ThinpoolError
 from .filesystems import FILESYSTEM_LABEL, grow_ext4, grow_xfs
 
 CONTAINER_LABEL = "thinpool.container"
@@ -29,6 +29,7 @@ _REMOVE_LABEL = "thinpool.remove"  # the pid and start time of the process that 
 _INIT = Path(__file__).with_name("container_init.py")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
+_NAME_MAX = 255  # bytes of a file name, as on every file system of Linux
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
 
@@ -55,6 +56,9 @@ def run_container(
     _sweep(pool)
     source = pool.layer(layer_name)
     container = name or f"{source.name.rsplit('/', 1)[-1].replace(':', '-')}-{uuid.uuid4().hex[:8]}"
+    mountpoint = container.replace("/", "%2F")
+    if len(mountpoint) > _NAME_MAX:
+        raise BadName(f"the container name {container!r} is too long for its mount point: {len(mountpoint)} characters, with / as %2F, of {_NAME_MAX}")
     labels = {CONTAINER_LABEL: "1", IMAGE_LABEL: source.name}
     if FILESYSTEM_LABEL in source.labels:
         labels[FILESYSTEM_LABEL] = source.labels[FILESYSTEM_LABEL]
@@ -65,7 +69,7 @@ def run_container(
     try:
         if grown and filesystem == "ext4":
             grow_ext4(layer)
-        directory = pool.path / "run" / "containers" / container.replace("/", "%2F")
+        directory = pool.path / "run" / "containers" / mountpoint
         layer.mount(directory, owner=os.getpid())
         try:
             if grown and filesystem == "xfs":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api import LayerAPI
+from ..catalog import PARTIAL_LABEL
 from ..errors import BadSize, LayerExists, LayerNotFound, ToolFailed
 
 if TYPE_CHECKING:
@@ -75,11 +76,15 @@ def blank_layer(pool: Pool, filesystem: str, size: int) -> Layer:
         image.touch(mode=0o600)
         os.truncate(image, size)
         run_tool(_mkfs_command(filesystem, size, image))
-        try:
-            layer = pool.import_raw(image, name, labels={BLANK_LABEL: "1", FILESYSTEM_LABEL: filesystem})
-        except LayerExists:  # somebody else was quicker
-            return pool.layer(name)
+        labels = {BLANK_LABEL: "1", FILESYSTEM_LABEL: filesystem}
+        layer = pool.import_raw(image, f"thinpool/mkfs/{uuid.uuid4().hex}", labels={**labels, PARTIAL_LABEL: "1"})
     layer.seal()
+    try:
+        layer.rename(name)  # whoever finds it by that name finds it complete
+    except LayerExists:  # somebody else was quicker
+        layer.delete()
+        return pool.layer(name)
+    layer.set_labels(labels)
     return layer
 
 

@@ -173,10 +173,11 @@ def test_closing_takes_everything_down(pool: thinpool.Pool) -> None:
     assert in_use(pool.path) == []
 
 
-# The load comes from a process of its own: one that is killed while it waits for files that it serves itself cannot end
-# before its guard has seen to that.
+# The load comes from a process of its own, which dies with its parent: one that is killed while it waits for files that it
+# serves itself cannot end before its guard has seen to that.
 WRITER = """
-import sys
+import ctypes, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 with open(sys.argv[1], "wb", buffering=0) as file:
     while True:
         file.write(bytes(1 << 20))

@@ -252,8 +252,8 @@ def test_without_root_it_says_what_works(tmp_path_factory: pytest.TempPathFactor
 
 @needs_root()
 @needs_tool("fio")
-def test_fio_reads_back_what_it_wrote(pool: thinpool.Pool) -> None:
+def test_fio_reads_back_what_it_wrote(pool: thinpool.Pool, tmp_path: Path) -> None:
     pool.create_layer("base", 64 * MIB).snapshot("snap").clone("disk")
     device = pool.layer("disk").attach().device
     job = f"--name=verify --filename={device} --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=4k-256k --verify=crc32c --size=64m"
-    subprocess.run(["fio", *job.split()], check=True, capture_output=True, timeout=120)
+    subprocess.run(["fio", *job.split()], check=True, capture_output=True, timeout=120, cwd=tmp_path)

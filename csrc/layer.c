@@ -313,14 +313,16 @@ int tp_layer_get_info(tp_layer *layer, tp_layer_info *out) {
 }
 
 /* No layer overwrites in place any more until it has looked at the counts again: chunks may be shared with others
- * from now on (tp_map_shared). Taking each lock exclusively drains what is on its way. */
+ * from now on (tp_map_shared). Taking each lock exclusively drains what is on its way. All layers in memory are meant,
+ * whether or not anybody has a handle: their leaves in the cache still say what they knew. One that is loaded later gets a
+ * new epoch. */
 int tp_revoke(tp_pool *pool) {
   pthread_mutex_lock(&pool->mutex);
   size_t count = 0;
   tp_layer **layers = tp_alloc((pool->cache.record_count + 1) * sizeof(tp_layer *));
   for (size_t i = 0; i < pool->cache.bucket_count; i++) {
     for (struct record *r = pool->cache.buckets[i]; r != NULL; r = r->hash_next) {
-      if (r->kind == TP_MAP && as_layer(r)->slots != NULL) layers[count++] = handle(as_layer(r));
+      if (r->kind == TP_MAP) layers[count++] = handle(as_layer(r));
     }
   }
   pthread_mutex_unlock(&pool->mutex);

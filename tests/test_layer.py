@@ -270,3 +270,9 @@ def test_exclusive_is_what_deleting_frees(pool: Pool) -> None:
     clone.delete()
     pool.reclaim()
     assert allocated - pool.usage().allocated == exclusive > 0
+
+
+def test_a_read_longer_than_memory_is_out_of_range(pool: Pool) -> None:
+    layer = pool.create_layer("layer", 4096)
+    with pytest.raises(thinpool.OutOfRange):
+        layer.pread(1 << 50, 0)

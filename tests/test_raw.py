@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import threading
@@ -144,6 +145,22 @@ def test_sharing_with_a_layer_that_is_being_written(pool: Pool, tmp_path: Path) 
         writer.join()
     for number in range(5):
         assert pool.layer(f"copy{number}").pread(len(data), 0) == data
+
+
+def test_sharing_with_a_layer_that_nobody_holds(pool: Pool, tmp_path: Path) -> None:
+    """What its leaves in memory say of its own chunks is void as well: it writes elsewhere when it is found again (I7)."""
+    image = tmp_path / "image"
+    content = os.urandom(1 << 20)
+    image.write_bytes(content)
+    owner = pool.import_raw(image, "owner")
+    owner.pwrite(content[:65536], 0)  # in place: known to be its own
+    del owner
+    gc.collect()  # the last handle goes
+    other = pool.import_raw(image, "other")
+    assert other.usage().exclusive == 0
+    pool.layer("owner").pwrite(b"x" * 4096, 0)
+    assert other.pread(1 << 20, 0) == content
+    assert pool.layer("owner").pread(4096, 0) == b"x" * 4096
 
 
 def test_progress_reaches_the_end(pool: Pool, tmp_path: Path) -> None:

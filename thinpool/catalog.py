@@ -86,6 +86,10 @@ class Catalog:
         """All ids, or those of layers that have the label; oldest first."""
         return sorted(layer_id for layer_id, record in self._records.items() if label is None or label in record.labels)
 
+    def names(self) -> list[tuple[int, str]]:
+        """Id and name of each layer, oldest first."""
+        return sorted((layer_id, record.name) for layer_id, record in self._records.items())
+
     def children(self, layer_id: int) -> list[int]:
         return sorted(self._children.get(layer_id, ()))
 

@@ -109,10 +109,11 @@ class Housekeeper(threading.Thread):
                         self._engine.flush()
             except PoolClosed:
                 return
-            except ThinpoolError as error:
-                _LOG.warning("background work: %s", error)
-                if isinstance(error, PoolFailed):
-                    return
+            except PoolFailed as error:
+                _LOG.warning("background work ends: %s", error)
+                return
+            except Exception as error:  # whatever it was, commits must go on
+                _LOG.warning("background work: %s", error, exc_info=not isinstance(error, ThinpoolError))
                 punching, commit_at = False, monotonic() + COMMIT_INTERVAL_SECONDS
 
     def _step(self, work: int) -> bool:

@@ -348,6 +348,8 @@ class EngineLayer:
                 raise errors.OutOfRange(f"a negative length: {length}")
             self.read_into(small, offset)
             return bytes(small)
+        if length > self.size:  # before memory is asked for that is not there
+            raise errors.OutOfRange(f"past the end of the layer (layer {self.engine.store.layer_name(self.id)}, offset {offset}, {length} bytes)")
         # A new bytes object that nobody else has seen is filled in place: a copy of a large one would cost half the speed.
         data = bytes(length)
         self.read_into_unchecked(data, length, offset)

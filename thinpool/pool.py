@@ -62,7 +62,8 @@ class Pool:
     """Layers over one data file and one metadata store; see :class:`thinpool.api.PoolAPI` for the contract.
 
     A context manager. All methods may be called from any thread. One process at a time has a pool open for writing; any
-    number may read it meanwhile, each the state it found when it opened it.
+    number may read it meanwhile: each sees the layers and maps that it found when it opened it, and of a writable layer the
+    bytes that its chunks hold by now.
     """
 
     _make_uses: ClassVar[Callable[[Pool], Uses]]
@@ -293,6 +294,12 @@ class Pool:
         self._require_open()
         with self._lock:
             return [self.layer_by_id(layer_id) for layer_id in self._catalog.ids(label)]
+
+    def names(self) -> list[tuple[int, str]]:
+        """Id and name of each layer, oldest first; cheaper than :meth:`layers`."""
+        self._require_open()
+        with self._lock:
+            return self._catalog.names()
 
     def record(self, layer_id: int) -> LayerRecord | None:
         """The catalog's record; ``None`` once the layer is deleted."""

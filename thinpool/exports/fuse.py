@@ -116,7 +116,7 @@ class _Names:
         return self._pool.layer(layer_name).id
 
     def from_id(self, first: int) -> list[tuple[int, str]]:
-        return sorted((layer.id, file_name(layer.name)) for layer in self._pool.layers() if layer.id >= first)
+        return [(layer_id, file_name(name)) for layer_id, name in self._pool.names() if layer_id >= first]
 
 
 def _answer(work: Callable[[], None]) -> int:

@@ -79,7 +79,8 @@ class Workload:
             return
         operations: list[tuple[Callable[[], None], int]] = [
             (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
-            (self.resize, 2), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6), (self.rename, 1),
+            (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
+            (self.rename, 1),
         ]  # fmt: skip
         self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
 
@@ -146,6 +147,27 @@ class Workload:
         new, size = self._name(), len(self.now[name].data) + self.rng.choice((0, 0, 5000))
         self.pool.layer(name).clone(new, size)
         self.now[new] = Content(self._serial, self.now[name].data + bytes(size - len(self.now[name].data)))
+
+    def share(self) -> None:
+        """As an import does: let an entry name a chunk of another layer, void what layers know, compare."""
+        source, target = self._pick(), self._pick(writable=True)
+        if source is None or target is None or source == target:
+            return
+        size = self.chunk_size
+        counts = [len(self.now[name].data) // size for name in (source, target)]
+        if 0 in counts:
+            return
+        index, place = (self.rng.randrange(count) for count in counts)
+        data = bytes(self.now[source].data[index * size : (index + 1) * size])
+        chunk = self.pool.layer(source).handle.chunk_at(index)
+        if chunk is None:
+            return
+        self._changing(target, place * size, data)
+        handle = self.pool.layer(target).handle
+        assert handle.map_shared(place, chunk)
+        self.pool.engine.revoke()
+        assert handle.equal(data, place * size)
+        self.now[target].data[place * size : (place + 1) * size] = data
 
     def delete(self) -> None:
         if (name := self._pick()) is not None:

@@ -16,13 +16,13 @@ from conftest import needs_root, needs_tool
 
 import thinpool
 from thinpool.errors import LayerBusy
-from thinpool.images.container import run_container
+from thinpool.containers.run import run_container
 
 pytestmark = [needs_root(), needs_tool("busybox", "mkfs.ext4", "mkfs.xfs", "resize2fs", "xfs_growfs")]
 
 RUN = """
 import sys, thinpool
-from thinpool.images.container import run_container
+from thinpool.containers.run import run_container
 with thinpool.Pool.open(sys.argv[1]) as pool:
     sys.exit(run_container(pool, "base", ["sh", "-c", sys.argv[3]], name=sys.argv[2], remove=True))
 """

@@ -22,10 +22,12 @@ RANKS = {
     "layer": 5,
     "pool": 6,
     "exports": 7,
-    "images": 8,
-    "server": 9,
-    "__init__": 10,
-    "cli": 11,
+    "filesystems": 8,
+    "images": 9,
+    "containers": 10,
+    "server": 11,
+    "__init__": 12,
+    "cli": 13,
 }
 HEADER_RANKS = {"thinpool": 0, "common": 1, "codec": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7, "fuse": 8}
 FORBIDDEN_NAMES = re.compile(r"utils?|helpers?|manager|misc|common_utils", re.IGNORECASE)

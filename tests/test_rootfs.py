@@ -17,7 +17,7 @@ from conftest import needs_root, needs_tool
 
 import thinpool
 from thinpool.errors import BadSize, ImportFailed, LayerExists, OutOfSpace
-from thinpool.images import filesystems
+from thinpool.filesystems import blank
 
 pytestmark = [needs_root(), needs_tool("mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair")]
 
@@ -37,7 +37,7 @@ def rootfs(path: Path, size: int = 200_000) -> Path:
 def test_clean_sealed_and_cloned(pool: thinpool.Pool, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = rootfs(tmp_path / "a.tar")
     base = pool.import_rootfs(tar, "base", size=SIZE, filesystem=kind)
-    monkeypatch.setattr(filesystems, "run_tool", lambda command: pytest.fail(f"ran {command}"))  # mkfs runs once per pool
+    monkeypatch.setattr(blank, "run_tool", lambda command: pytest.fail(f"ran {command}"))  # mkfs runs once per pool
     pool.import_rootfs(tar, "second", size=SIZE, filesystem=kind)
     assert base.sealed and base.labels["thinpool.filesystem"] == kind
     base.export_raw(tmp_path / "image")

@@ -15,7 +15,7 @@ import pytest
 from conftest import needs_root, needs_tool
 
 from thinpool.errors import ImportFailed
-from thinpool.images.tarball import unpack
+from thinpool.filesystems.tarball import unpack
 
 pytestmark = [needs_root(), needs_tool("tar", "xz", "gzip", "bzip2")]
 

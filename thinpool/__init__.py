@@ -34,7 +34,7 @@ from .errors import (
 )
 from .exports import Uses
 from .exports.raw import export_raw, import_raw
-from .images.rootfs import import_rootfs
+from .filesystems.rootfs import import_rootfs
 from .layer import Layer
 from .pool import Pool
 from .server.connect import connect

@@ -70,7 +70,7 @@ def run(
     pool: options.Pool = None,
 ) -> None:
     """Run a command in a container on a clone of a layer; its status is the command's. Needs root."""
-    from ..images.container import run_container
+    from ..containers.run import run_container
     from .app import report
 
     try:

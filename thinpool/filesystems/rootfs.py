@@ -12,7 +12,7 @@ from ..api import Progress, Size
 from ..catalog import PARTIAL_LABEL
 from ..errors import ImportFailed, NeedsRoot
 from ..units import parse_size
-from .filesystems import FILESYSTEM_LABEL, blank_layer
+from .blank import FILESYSTEM_LABEL, blank_layer
 from .tarball import unpack
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..api import LayerAPI, PoolAPI, Size
 from ..errors import BadName, LayerBusy, LayerState, NeedsRoot, ThinpoolError
-from .filesystems import FILESYSTEM_LABEL, grow_ext4, grow_xfs
+from ..filesystems.blank import FILESYSTEM_LABEL, grow_ext4, grow_xfs
 
 CONTAINER_LABEL = "thinpool.container"
 IMAGE_LABEL = "thinpool.image"

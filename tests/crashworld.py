@@ -15,7 +15,7 @@ from typing import Any
 
 from thinpool.engine import NO_READER, Record, _ffi
 from thinpool.errors import DiskError
-from thinpool.metadata import LAYER, frame
+from thinpool.metadata import DOCUMENT, LAYER, frame
 from thinpool.pool import Pool
 from thinpool.poolfiles import PoolFiles
 
@@ -144,11 +144,19 @@ class Records:
             raise PowerCut
         return self.kinds.get(kind, {}).get(key.to_bytes(8, "big"))
 
-    def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int:
+    def commit(
+        self,
+        records: Iterable[Record],
+        layers: Mapping[int, Mapping[str, Any] | None],
+        fingerprints: Mapping[bytes, int],
+        documents: Mapping[str, bytes | None],
+    ) -> int:
         changes = list(records)
         for layer_id, layer in layers.items():
             key = layer_id.to_bytes(8, "big")
             changes.append((LAYER, key, None if layer is None else frame(LAYER, key, json.dumps(layer).encode())))
+        for name, content in documents.items():
+            changes.append((DOCUMENT, name.encode(), None if content is None else frame(DOCUMENT, name.encode(), content)))
         self._store(changes, commit=True)
         return self.committed
 
@@ -172,6 +180,13 @@ class Records:
     def layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, value in self.kinds.get(LAYER, {}).items():
             yield int.from_bytes(key, "big"), json.loads(value[4:])
+
+    def documents(self) -> Iterator[tuple[str, bytes]]:
+        for key, value in self.kinds.get(DOCUMENT, {}).items():
+            yield key.decode(), value[4:]
+
+    def use_features(self) -> None:
+        pass
 
     def of_kind(self, kind: int) -> list[tuple[bytes, bytes]]:
         """For :func:`invariants.check`."""

@@ -91,7 +91,7 @@ def test_ls_says_what_each_layer_takes(command: Command) -> None:
         pool.create_layer("blank", "1M", labels={"thinpool.blank": "ext4"})
     by_name = {layer["name"]: layer for layer in command.json("ls")}
     assert set(by_name["c1"]) == {
-        "id", "name", "size", "sealed", "created", "labels", "parent", "virtual", "mapped", "exclusive", "shared", "used_by"
+        "id", "name", "size", "sealed", "created", "labels", "digests", "parent", "virtual", "mapped", "exclusive", "shared", "used_by"
     }  # fmt: skip
     c1 = by_name["c1"]
     assert (c1["virtual"], c1["mapped"], c1["exclusive"], c1["shared"]) == (10 * MIB, MIB, 64 << 10, MIB - (64 << 10))

@@ -15,8 +15,8 @@ import pytest
 from conftest import needs_root, needs_tool
 
 import thinpool
-from thinpool.errors import LayerBusy
 from thinpool.containers.run import run_container
+from thinpool.errors import LayerBusy
 
 pytestmark = [needs_root(), needs_tool("busybox", "mkfs.ext4", "mkfs.xfs", "resize2fs", "xfs_growfs")]
 

@@ -5,13 +5,32 @@ whatever their size. :class:`Pool` opens one in this process; :func:`connect` go
 runs. ``docs/library.md`` is the tour; :mod:`thinpool.errors` draws the exceptions.
 """
 
-from .api import Attachment, Extent, LayerAPI, PoolAPI, PoolUsage, Usage
+from .api import (
+    Attachment,
+    Change,
+    Container,
+    ContainersAPI,
+    Credentials,
+    Extent,
+    HistoryEntry,
+    Image,
+    ImagesAPI,
+    LayerAPI,
+    PoolAPI,
+    PoolUsage,
+    Removed,
+    Usage,
+)
 from .errors import (
     BadName,
+    BadReference,
     BadSize,
+    ContainerNotFound,
     DamagedError,
     DiskError,
     FormatError,
+    ImageBusy,
+    ImageNotFound,
     ImportFailed,
     LayerBusy,
     LayerDeleted,
@@ -28,6 +47,7 @@ from .errors import (
     PoolFailed,
     PoolNotFound,
     PoolReadOnly,
+    RegistryError,
     ServerError,
     ThinpoolError,
     ToolFailed,
@@ -39,18 +59,28 @@ from .layer import Layer
 from .pool import Pool
 from .server.connect import connect
 
-Pool.register_uses(Uses)
-Pool.register_transfers(import_raw=import_raw, export_raw=export_raw, import_rootfs=import_rootfs)
+Pool.register(make_uses=Uses, import_raw=import_raw, export_raw=export_raw, import_rootfs=import_rootfs)
 
 __version__ = "0.1.0"
 __all__ = [
     "Attachment",
     "BadName",
+    "BadReference",
     "BadSize",
+    "Change",
+    "Container",
+    "ContainerNotFound",
+    "ContainersAPI",
+    "Credentials",
     "DamagedError",
     "DiskError",
     "Extent",
     "FormatError",
+    "HistoryEntry",
+    "Image",
+    "ImageBusy",
+    "ImageNotFound",
+    "ImagesAPI",
     "ImportFailed",
     "Layer",
     "LayerAPI",
@@ -72,6 +102,8 @@ __all__ = [
     "PoolNotFound",
     "PoolReadOnly",
     "PoolUsage",
+    "RegistryError",
+    "Removed",
     "ServerError",
     "ThinpoolError",
     "ToolFailed",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Size = int | str
 Progress = Callable[[int, int], None]
@@ -63,6 +63,81 @@ class Attachment:
     container: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who one is to a registry. ``identity_token``: an OAuth2 refresh token, in place of the two others."""
+
+    username: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image as it is now. ``id``: the digest of its configuration, as Docker's image ID; ``references``: its names, sorted (none: it
+    is dangling); ``digest``: of its manifest; ``platform``: like ``linux/amd64``; ``created``: seconds since 1970; ``layers``: the names of
+    the layers it is made of, base first (none: nothing is applied); ``usage``: ``virtual`` is the size of its file system, ``mapped``
+    what is in it, ``exclusive`` what removing it would free; ``blobs``: bytes of the archives of its layers that are kept for ``push``."""
+
+    id: str
+    references: tuple[str, ...]
+    digest: str | None
+    platform: str
+    created: float
+    layers: tuple[str, ...]
+    usage: Usage
+    blobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """A step by which an image was made, oldest first. ``created``: seconds since 1970, ``None`` where not told; ``layer`` and
+    ``diff_id``: ``None`` for a step that changed no file. ``size``: bytes of the blocks it changed; ``exclusive``: of these, what only this
+    image has; ``shared``: the rest."""
+
+    created: float | None
+    created_by: str
+    comment: str
+    layer: str | None
+    diff_id: str | None
+    size: int
+    shared: int
+    exclusive: int
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What a removal took away: names of images, ids of images, names of layers, and bytes that are given back."""
+
+    references: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container: a writable layer of the same name on top of an image. ``image``: what it was made from, as named then; ``image_id``:
+    ``None`` for one made from a plain layer; ``command``: what runs in it by default; ``running``: whether it is mounted to run."""
+
+    name: str
+    image: str
+    image_id: str | None
+    layer: str
+    created: float
+    command: tuple[str, ...]
+    running: bool
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A path that a container has added (``A``), changed (``C``) or deleted (``D``), from ``/`` on."""
+
+    kind: Literal["A", "C", "D"]
+    path: str
+
+
 class LayerAPI(Protocol):
     """A layer: a name, a size, a block map and a parent."""
 
@@ -76,6 +151,8 @@ class LayerAPI(Protocol):
     def sealed(self) -> bool: ...
     @property
     def labels(self) -> Mapping[str, str]: ...
+    @property
+    def digests(self) -> Mapping[str, str]: ...
     @property
     def created(self) -> float: ...
     @property
@@ -106,8 +183,81 @@ class LayerAPI(Protocol):
     def unmount(self) -> None: ...
 
 
+class ImagesAPI(Protocol):
+    """Container images. A ``reference`` names one as Docker does (``debian:12``), by id, or by the beginning of its id."""
+
+    def load(
+        self, path: str | Path, reference: str | None = None, *, platform: str | None = None, size: Size = "10G", progress: Progress | None = None
+    ) -> Image: ...
+    def pull(
+        self,
+        reference: str,
+        *,
+        platform: str | None = None,
+        credentials: Credentials | None = None,
+        insecure: bool = False,
+        size: Size = "10G",
+        progress: Progress | None = None,
+    ) -> Image: ...
+    def push(self, reference: str, *, credentials: Credentials | None = None, insecure: bool = False, progress: Progress | None = None) -> str: ...
+    def save(
+        self,
+        references: Sequence[str],
+        path: str | Path,
+        *,
+        form: Literal["docker-archive", "oci-archive", "oci"] = "docker-archive",
+        progress: Progress | None = None,
+    ) -> None: ...
+    def commit(
+        self,
+        container: str,
+        reference: str | None = None,
+        *,
+        author: str = "",
+        message: str = "",
+        command: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Image: ...
+    def get(self, reference: str) -> Image: ...
+    def list(self) -> Sequence[Image]: ...
+    def inspect(self, reference: str) -> dict[str, Any]: ...
+    def history(self, reference: str) -> Sequence[HistoryEntry]: ...
+    def tag(self, source: str, target: str) -> None: ...
+    def untag(self, reference: str) -> None: ...
+    def remove(self, reference: str, *, force: bool = False) -> Removed: ...
+    def gc(self) -> Removed: ...
+
+
+class ContainersAPI(Protocol):
+    """Containers: thin writable layers, each on top of an image (or of any layer)."""
+
+    def create(
+        self,
+        image: str,
+        *,
+        name: str | None = None,
+        size: Size | None = None,
+        command: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+    ) -> Container: ...
+    def get(self, name: str) -> Container: ...
+    def list(self) -> Sequence[Container]: ...
+    def remove(self, name: str, *, force: bool = False) -> None: ...
+    def reset(self, name: str) -> None: ...
+    def resize(self, name: str, size: Size) -> None: ...
+    def diff(self, name: str) -> Sequence[Change]: ...
+    def copy_out(self, name: str, path: str, destination: str | Path) -> None: ...
+    def copy_in(self, source: str | Path, name: str, path: str) -> None: ...
+    def configuration(self, name: str) -> dict[str, Any]: ...
+
+
 class PoolAPI(Protocol):
     """A pool: layers over one data file and one metadata store."""
+
+    @property
+    def images(self) -> ImagesAPI: ...
+    @property
+    def containers(self) -> ContainersAPI: ...
 
     @property
     def path(self) -> Path: ...
@@ -133,4 +283,17 @@ class PoolAPI(Protocol):
     def attachments(self) -> Sequence[Attachment]: ...
     def commit(self) -> None: ...
     def reclaim(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class UsesAPI(Protocol):
+    """Who uses the layers of a pool as devices and mounts: :class:`thinpool.exports.Uses`. For :class:`thinpool.pool.Pool` alone."""
+
+    def attach(self, layer: Any, sector_size: int, owner: int) -> Attachment: ...
+    def detach(self, layer: Any) -> None: ...
+    def mount(self, layer: Any, directory: Path, read_only: bool | None, owner: int) -> Attachment: ...
+    def unmount(self, layer: Any) -> None: ...
+    def attachments(self) -> list[Attachment]: ...
+    def users(self, layer: Any) -> tuple[str, ...]: ...
+    def layer_resized(self, layer: Any) -> None: ...
     def close(self) -> None: ...

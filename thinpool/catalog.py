@@ -1,6 +1,7 @@
-"""The names of a pool: which layers there are, and whose children they are.
+"""The names of a pool: which layers there are, whose children they are, and the documents about them.
 
-Kept in memory as a whole (a layer's record is a few hundred bytes); what changed since the last freeze is handed to
+A document is bytes under a text key, for what the modules above know of layers: images, tags, containers. Layers and documents are
+kept in memory as a whole (a few hundred bytes to a few KiB each); what changed since the last freeze is handed to
 the commit together with the engine's records, so that names and maps never disagree (I8). The pool's lock is held
 by whoever calls.
 """
@@ -14,24 +15,29 @@ from typing import Any
 
 from .errors import BadName, LayerExists, LayerNotFound
 
+DIGEST_KINDS = ("diff", "chain", "content")
+"""What names a sealed layer by its content: an image layer's OCI DiffID and ChainID, and the Merkle digest of its blocks."""
 PARTIAL_LABEL = "thinpool.partial"
 """On layers that an import is still filling; found at the next opening, they are deleted."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}")
+_KEY_BYTES_MAX = 511  # LMDB's
 
 
 @dataclass(slots=True)
 class LayerRecord:
-    """What the pool knows of a layer besides its map. ``origin``: the name its parent had when it was made."""
+    """What the pool knows of a layer besides its map. ``origin``: the name its parent had when it was made; ``digests``: what
+    its content is, by the kinds of :data:`DIGEST_KINDS`."""
 
     name: str
     parent: int | None
     origin: str | None
     created: float
     labels: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The stored form (docs/FORMAT.md, "Layers")."""
-        return {"name": self.name, "parent": self.parent, "origin": self.origin, "created": self.created, "labels": self.labels}
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def check_name(name: str) -> str:
@@ -42,15 +48,18 @@ def check_name(name: str) -> str:
 
 
 class Catalog:
-    """All layer records, by id and by name."""
+    """All layer records, by id, by name and by digest; all documents, by key."""
 
-    def __init__(self, layers: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    def __init__(self, layers: Iterable[tuple[int, Mapping[str, Any]]], documents: Iterable[tuple[str, bytes]] = ()) -> None:
         self._records: dict[int, LayerRecord] = {}
         self._ids: dict[str, int] = {}
         self._children: dict[int, set[int]] = {}
+        self._digests: dict[tuple[str, str], set[int]] = {}
         self._changed: dict[int, bool] = {}
+        self._documents = dict(documents)
+        self._documents_changed: dict[str, bool] = {}
         for layer_id, stored in layers:
-            self._insert(layer_id, LayerRecord(**{name: stored[name] for name in LayerRecord.__slots__}))
+            self._insert(layer_id, LayerRecord(**{name: stored[name] for name in LayerRecord.__slots__ if name in stored}))
         self._next_id = max(self._records, default=0) + 1
 
     def __len__(self) -> int:
@@ -61,6 +70,8 @@ class Catalog:
         self._ids[record.name] = layer_id
         if record.parent is not None:
             self._children.setdefault(record.parent, set()).add(layer_id)
+        for digest in record.digests.items():
+            self._digests.setdefault(digest, set()).add(layer_id)
 
     def new_id(self) -> int:
         """An id that no layer of this pool has had since it was opened."""
@@ -109,10 +120,49 @@ class Catalog:
         self._records[layer_id].labels = dict(labels)
         self._changed[layer_id] = True
 
+    def set_digests(self, layer_id: int, digests: Mapping[str, str]) -> None:
+        """Adds digests, by kind, to those that the layer has."""
+        record = self._records[layer_id]
+        self._forget_digests(layer_id, record)
+        record.digests = {**record.digests, **digests}
+        for digest in record.digests.items():
+            self._digests.setdefault(digest, set()).add(layer_id)
+        self._changed[layer_id] = True
+
+    def _forget_digests(self, layer_id: int, record: LayerRecord) -> None:
+        for digest in record.digests.items():
+            ids = self._digests[digest]
+            ids.discard(layer_id)
+            if not ids:
+                del self._digests[digest]
+
+    def with_digest(self, kind: str, digest: str) -> list[int]:
+        """The layers with that digest, oldest first."""
+        return sorted(self._digests.get((kind, digest), ()))
+
+    def document(self, key: str) -> bytes | None:
+        return self._documents.get(key)
+
+    def documents(self, prefix: str) -> list[tuple[str, bytes]]:
+        """Keys and contents of the documents whose key begins so, in the order of keys."""
+        return sorted((key, content) for key, content in self._documents.items() if key.startswith(prefix))
+
+    def put_document(self, key: str, content: bytes | None) -> None:
+        """Stores a document; ``None`` removes it. Raises :class:`~thinpool.errors.BadName` for a key that is too long."""
+        if not 0 < len(key.encode()) <= _KEY_BYTES_MAX:
+            raise BadName(f"{key!r} is too long: a document's key has up to {_KEY_BYTES_MAX} bytes")
+        if content is None:
+            if self._documents.pop(key, None) is None:
+                return
+        else:
+            self._documents[key] = content
+        self._documents_changed[key] = True
+
     def remove(self, layer_id: int) -> None:
         """Forgets a layer; its children have no parent from now on, only the name of their origin."""
         record = self._records.pop(layer_id)
         del self._ids[record.name]
+        self._forget_digests(layer_id, record)
         if record.parent is not None:
             self._children.get(record.parent, set()).discard(layer_id)
         for child in self._children.pop(layer_id, ()):
@@ -120,7 +170,10 @@ class Catalog:
             self._changed[child] = True
         self._changed[layer_id] = True
 
-    def take_changes(self) -> dict[int, dict[str, Any] | None]:
-        """Records changed since the last call, as they are stored; ``None``: deleted."""
+    def take_changes(self) -> tuple[dict[int, dict[str, Any] | None], dict[str, bytes | None]]:
+        """Layer records and documents changed since the last call, as they are stored; ``None``: deleted."""
         changed, self._changed = self._changed, {}
-        return {layer_id: record.as_json() if (record := self._records.get(layer_id)) else None for layer_id in changed}
+        layers = {layer_id: record.as_json() if (record := self._records.get(layer_id)) else None for layer_id in changed}
+        documents = {key: self._documents.get(key) for key in self._documents_changed}
+        self._documents_changed = {}
+        return layers, documents

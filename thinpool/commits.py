@@ -32,7 +32,13 @@ class RecordStore(Protocol):
     """What commits need of the metadata store."""
 
     def fetch(self, kind: int, key: int) -> bytes | None: ...
-    def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int: ...
+    def commit(
+        self,
+        records: Iterable[Record],
+        layers: Mapping[int, Mapping[str, Any] | None],
+        fingerprints: Mapping[bytes, int],
+        documents: Mapping[str, bytes | None],
+    ) -> int: ...
     def put_window(self, record: Record) -> None: ...
     def oldest_reader(self) -> int: ...
 
@@ -68,13 +74,13 @@ class Committer:
         """One commit; the engine sees to it that there is one at a time. Raises PoolFailed, and then no later one succeeds."""
         with self._lock:
             records_changed = self.engine.freeze()
-            layers = self._catalog.take_changes()
+            layers, documents = self._catalog.take_changes()
             self._storing, self.fingerprints = self.fingerprints, {}
         try:
             self.engine.sync()
             store_txn = 0
             if records_changed:
-                store_txn = self._store.commit(self.engine.encoded(), layers, self._storing)
+                store_txn = self._store.commit(self.engine.encoded(), layers, self._storing, documents)
             self.engine.release(store_txn, self._store.oldest_reader())
             self._storing = {}
         except Exception as error:

@@ -23,6 +23,11 @@
     ├── BadSize, BadName        ValueError
     ├── NeedsRoot               PermissionError     the kernel asks for root here (says what works without)
     ├── ImportFailed            OSError(EINVAL)     a tarball or image that cannot be taken in
+    ├── ImageNotFound           KeyError
+    ├── ImageBusy               OSError(EBUSY)      a container, or another image, needs it (.users says which)
+    ├── BadReference            ValueError          not the name of an image
+    ├── ContainerNotFound       KeyError
+    ├── RegistryError           OSError(EREMOTEIO)  a registry refused, or does not keep to its protocol (.status)
     ├── ToolFailed              OSError(EIO)        a program of the host (mkfs, mount, …) failed
     └── ServerError             ConnectionError     the pool's server cannot be reached or failed
 """
@@ -178,6 +183,38 @@ class ImportFailed(ThinpoolError, OSError):
     """A tarball or image that cannot be taken in."""
 
     os_errno = errno.EINVAL
+
+
+class ImageNotFound(ThinpoolError, KeyError):
+    """No image of that name or id."""
+
+
+class ImageBusy(ThinpoolError, OSError):
+    """Something needs the image; ``users`` says what."""
+
+    os_errno = errno.EBUSY
+
+    def __init__(self, message: str, users: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.users = users
+
+
+class BadReference(ThinpoolError, ValueError):
+    """Not the name of an image."""
+
+
+class ContainerNotFound(ThinpoolError, KeyError):
+    """No container of that name."""
+
+
+class RegistryError(ThinpoolError, OSError):
+    """A registry cannot be reached, refused, or does not keep to its protocol; ``status``: of its HTTP answer (0: none)."""
+
+    os_errno = errno.EREMOTEIO
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ToolFailed(ThinpoolError, OSError):

@@ -64,6 +64,11 @@ class Layer:
         return dict(self._record().labels)
 
     @property
+    def digests(self) -> dict[str, str]:
+        """What names it by its content: ``diff`` and ``chain`` (OCI DiffID and ChainID) for an image's, ``content`` once computed."""
+        return dict(self._record().digests)
+
+    @property
     def created(self) -> float:
         """Seconds since the epoch."""
         return self._record().created
@@ -200,7 +205,7 @@ class Layer:
         exclusive = self._handle.exclusive_chunks() * chunk_size
         return Usage(virtual=size, mapped=refs * chunk_size, exclusive=exclusive, shared=refs * chunk_size - exclusive)
 
-    # --- uses: exports do these (Pool.register_uses) ---
+    # --- uses: exports do these (Pool.register) ---
 
     def export_raw(self, path: str | Path, *, progress: Progress | None = None) -> None:
         """Writes the layer to a sparse raw image file; holes stay holes."""

@@ -28,7 +28,7 @@ from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy
 FORMAT_VERSION = 1
 # Features that this version knows, by what a version that does not know one must do.
 KNOWN_INCOMPATIBLE: frozenset[str] = frozenset()  # refuse the pool
-KNOWN_READ_COMPATIBLE: frozenset[str] = frozenset()  # open it read-only
+KNOWN_READ_COMPATIBLE = frozenset({"documents"})  # open it read-only
 _DATABASES = {
     data_plane.NODE: b"nodes",
     data_plane.CHUNK_PAGE: b"chunk-counts",
@@ -37,9 +37,10 @@ _DATABASES = {
     data_plane.MAP: b"maps",
     data_plane.STATE: b"state",
 }
-LAYER, FINGERPRINT, POOL = 7, 8, 9
+LAYER, FINGERPRINT, POOL, DOCUMENT = 7, 8, 9, 10
 """Kinds of the records that are framed here, for their CRC."""
 _OWN_DATABASES = {LAYER: b"layers", FINGERPRINT: b"fingerprints", POOL: b"pool"}
+_LATER_DATABASES = {DOCUMENT: b"documents"}  # pools made by earlier versions have none until they are opened for writing
 _POOL_KEY = b"pool"
 _INITIAL_MAP_BYTES = 256 << 20
 _RESERVE_BYTES = 8 << 20
@@ -75,6 +76,9 @@ class Metadata:
             self._env.set_mapsize(max(_INITIAL_MAP_BYTES, self._file_bytes() * 2)) if not read_only else None
             names = {**_DATABASES, **_OWN_DATABASES}
             self._dbs = {kind: self._env.open_db(name, create=create) for kind, name in names.items()}
+            for kind, name in _LATER_DATABASES.items():
+                with suppress(lmdb.ReadonlyError, lmdb.NotFoundError):
+                    self._dbs[kind] = self._env.open_db(name, create=not read_only)
             self._snapshot = self._env.begin(buffers=True) if read_only else None
 
     def _file_bytes(self) -> int:
@@ -106,6 +110,8 @@ class Metadata:
 
     def records(self, kind: int) -> list[tuple[bytes, bytes]]:
         """All committed records of a kind as (key, stored value), in the order of keys."""
+        if kind not in self._dbs:
+            return []
         with _lmdb_errors(self.path), self._reads:
             if self._snapshot is not None:
                 return [(bytes(k), bytes(v)) for k, v in self._snapshot.cursor(self._dbs[kind])]
@@ -116,6 +122,11 @@ class Metadata:
         """Every layer's id and record."""
         for key, value in self.records(LAYER):
             yield int.from_bytes(key, "big"), json.loads(unframe(LAYER, key, value))
+
+    def documents(self) -> Iterator[tuple[str, bytes]]:
+        """Every document's key and content."""
+        for key, value in self.records(DOCUMENT):
+            yield key.decode(), unframe(DOCUMENT, key, value)
 
     def fingerprint(self, digest: bytes) -> int | None:
         """The chunk that once had this fingerprint: a hint, to be compared."""
@@ -162,9 +173,16 @@ class Metadata:
 
     def create_pool(self, chunk_size: int, capacity: int) -> None:
         """Stores the pool's record: sizes in bytes, capacity 0 for no limit."""
-        features: dict[str, list[str]] = {"incompatible": [], "read_compatible": [], "compatible": []}
+        features: dict[str, list[str]] = {"incompatible": [], "read_compatible": sorted(KNOWN_READ_COMPATIBLE), "compatible": []}
         record = {"version": FORMAT_VERSION, "uuid": str(uuid.uuid4()), "chunk_size": chunk_size, "capacity": capacity, "features": features}
         self._put_pool(record)
+
+    def use_features(self) -> None:
+        """Marks a pool of an earlier version as written by this one, which keeps records that the earlier one does not know."""
+        record = self.pool_record()
+        features = record["features"]
+        if missing := KNOWN_READ_COMPATIBLE - set(features["read_compatible"]):
+            self._put_pool(record | {"features": features | {"read_compatible": sorted({*features["read_compatible"], *missing})}})
 
     def set_capacity(self, capacity: int) -> None:
         """Bytes that chunks may take; 0: no limit."""
@@ -174,8 +192,14 @@ class Metadata:
         value = frame(POOL, _POOL_KEY, json.dumps(record).encode())
         self._write(lambda txn: txn.put(_POOL_KEY, value, db=self._dbs[POOL]))
 
-    def commit(self, records: Iterable[Record], layers: Mapping[int, Mapping[str, Any] | None], fingerprints: Mapping[bytes, int]) -> int:
-        """One durable transaction of everything; returns LMDB's number of it. A layer whose record is ``None`` is deleted."""
+    def commit(
+        self,
+        records: Iterable[Record],
+        layers: Mapping[int, Mapping[str, Any] | None],
+        fingerprints: Mapping[bytes, int],
+        documents: Mapping[str, bytes | None],
+    ) -> int:
+        """One durable transaction of everything; returns LMDB's number of it. A layer or document that is ``None`` is deleted."""
         puts: dict[int, list[tuple[bytes, bytes]]] = {kind: [] for kind in self._dbs}
         deletes: list[tuple[int, bytes]] = []
         for kind, key, value in records:
@@ -189,6 +213,12 @@ class Metadata:
                 deletes.append((LAYER, key))
             else:
                 puts[LAYER].append((key, frame(LAYER, key, json.dumps(layer).encode())))
+        for name, content in documents.items():
+            key = name.encode()
+            if content is None:
+                deletes.append((DOCUMENT, key))
+            else:
+                puts[DOCUMENT].append((key, frame(DOCUMENT, key, content)))
         for digest, chunk in fingerprints.items():
             puts[FINGERPRINT].append((digest, frame(FINGERPRINT, digest, chunk.to_bytes(5, "little"))))
         for items in puts.values():

@@ -15,12 +15,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 from weakref import WeakSet, WeakValueDictionary
 
-from .api import Attachment, Extent, LayerAPI, PoolUsage, Progress, Size
+from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, PoolUsage, Progress, Size, UsesAPI
 from .catalog import PARTIAL_LABEL, Catalog, LayerRecord
 from .commits import Committer, Housekeeper, drain
 from .engine import Engine, EngineLayer
@@ -45,19 +46,6 @@ def _close_open_pools() -> None:
             pool.close()
 
 
-class Uses(Protocol):
-    """Who uses the layers of a pool as devices and mounts: :class:`thinpool.exports.Uses`."""
-
-    def attach(self, layer: Layer, sector_size: int, owner: int) -> Attachment: ...
-    def detach(self, layer: Layer) -> None: ...
-    def mount(self, layer: Layer, directory: Path, read_only: bool | None, owner: int) -> Attachment: ...
-    def unmount(self, layer: Layer) -> None: ...
-    def attachments(self) -> list[Attachment]: ...
-    def users(self, layer: Layer) -> tuple[str, ...]: ...
-    def layer_resized(self, layer: Layer) -> None: ...
-    def close(self) -> None: ...
-
-
 class Pool:
     """Layers over one data file and one metadata store; see :class:`thinpool.api.PoolAPI` for the contract.
 
@@ -66,7 +54,9 @@ class Pool:
     bytes that its chunks hold by now.
     """
 
-    _make_uses: ClassVar[Callable[[Pool], Uses]]
+    _make_images: ClassVar[Callable[[Pool], ImagesAPI]]
+    _make_containers: ClassVar[Callable[[Pool], ContainersAPI]]
+    _make_uses: ClassVar[Callable[[Pool], UsesAPI]]
     _import_raw: ClassVar[Callable[..., Layer]]
     _export_raw: ClassVar[Callable[..., None]]
     _import_rootfs: ClassVar[Callable[..., Layer]]
@@ -79,11 +69,11 @@ class Pool:
         self._read_only = read_only
         self._lock = threading.RLock()
         self._layers: WeakValueDictionary[int, Layer] = WeakValueDictionary()
-        self._uses: Uses | None = None
+        self._uses: UsesAPI | None = None
         self._closed = False
         record = store.pool_record()
         self._chunk_size: int = record["chunk_size"]
-        self._catalog = Catalog(store.layers())
+        self._catalog = Catalog(store.layers(), store.documents())
         self._committer = Committer(store, self._catalog, self._lock)
         self._engine = Engine(
             self._committer,
@@ -97,6 +87,7 @@ class Pool:
         self._housekeeper: Housekeeper | None = None
         _open_pools.add(self)
         if not read_only:
+            store.use_features()
             for layer_id in self._catalog.ids(PARTIAL_LABEL):  # imports that never ended
                 self._remove(layer_id)
             if background:
@@ -331,6 +322,53 @@ class Pool:
             self._catalog.set_labels(layer.id, labels)
             self._engine.touch()
 
+    def set_digests(self, layer: Layer, digests: Mapping[str, str]) -> None:
+        """Adds to what names the layer by its content; ``digests`` by kind (:data:`thinpool.catalog.DIGEST_KINDS`)."""
+        self._require_writable()
+        with self._lock:
+            if self._catalog.get(layer.id) is None:
+                raise LayerDeleted("the layer was deleted")
+            self._catalog.set_digests(layer.id, digests)
+            self._engine.touch()
+
+    def layers_with_digest(self, kind: str, digest: str) -> list[Layer]:
+        """The layers with that digest, oldest first; ones that an import is still filling are left out."""
+        with self._lock:
+            self._require_open()
+            ids = self._catalog.with_digest(kind, digest)
+            return [layer for layer in map(self.layer_by_id, ids) if PARTIAL_LABEL not in layer.labels]
+
+    # --- documents: what the modules above keep about layers ---
+
+    @contextmanager
+    def atomically(self) -> Iterator[None]:
+        """What is done to layers and documents within is in one commit, whole or not at all, unless it raises on the way.
+
+        Everything else that changes layers waits meanwhile: no long work in here, and no :meth:`commit`.
+        """
+        self._require_writable()
+        with self._lock:
+            yield
+
+    def document(self, key: str) -> bytes | None:
+        """The document of that key; ``None``: there is none."""
+        self._require_open()
+        with self._lock:
+            return self._catalog.document(key)
+
+    def documents(self, prefix: str) -> list[tuple[str, bytes]]:
+        """Keys and contents of the documents whose key begins so, in the order of keys."""
+        self._require_open()
+        with self._lock:
+            return self._catalog.documents(prefix)
+
+    def put_document(self, key: str, content: bytes | None) -> None:
+        """Stores a document, durable with the next commit; ``None`` removes it."""
+        self._require_writable()
+        with self._lock:
+            self._catalog.put_document(key, content)
+            self._engine.touch()
+
     def delete(self, layer: Layer) -> None:
         self._require_writable()
         self.require_unused(layer, "delete")
@@ -376,17 +414,23 @@ class Pool:
     # --- what is done with layers: filled in by the modules above this one (thinpool/__init__.py) ---
 
     @classmethod
-    def register_uses(cls, make: Callable[[Pool], Uses]) -> None:
-        """Sets who attaches and mounts layers."""
-        cls._make_uses = staticmethod(make)
+    def register(cls, **makers: Callable[..., Any]) -> None:
+        """Sets who does what: ``make_uses``, ``make_images``, ``make_containers``, ``import_raw``, ``export_raw``, ``import_rootfs``."""
+        for name, maker in makers.items():
+            setattr(cls, f"_{name}", staticmethod(maker))
 
-    @classmethod
-    def register_transfers(cls, *, import_raw: Callable[..., Layer], export_raw: Callable[..., None], import_rootfs: Callable[..., Layer]) -> None:
-        """Sets who moves content in and out."""
-        cls._import_raw, cls._export_raw, cls._import_rootfs = staticmethod(import_raw), staticmethod(export_raw), staticmethod(import_rootfs)
+    @cached_property
+    def images(self) -> ImagesAPI:
+        """The pool's container images."""
+        return type(self)._make_images(self)
+
+    @cached_property
+    def containers(self) -> ContainersAPI:
+        """The pool's containers."""
+        return type(self)._make_containers(self)
 
     @property
-    def uses(self) -> Uses:
+    def uses(self) -> UsesAPI:
         with self._lock:
             self._require_open()
             if self._uses is None:

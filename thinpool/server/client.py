@@ -173,6 +173,11 @@ class RemoteLayer:
         return self._record().labels
 
     @property
+    def digests(self) -> Mapping[str, str]:
+        """What names it by its content, by kind."""
+        return self._record().digests
+
+    @property
     def created(self) -> float:
         """When it was made, in seconds since 1970."""
         return self._record().created

@@ -33,13 +33,14 @@ class LayerRecord:
     sealed: bool
     created: float
     labels: Mapping[str, str]
+    digests: Mapping[str, str]
     parent_id: int | None
     parent: str | None
     usage: Usage | None = None
 
     def to_json(self) -> Json:
         """The record as JSON takes it."""
-        return {**asdict(self), "labels": dict(self.labels)}
+        return {**asdict(self), "labels": dict(self.labels), "digests": dict(self.digests)}
 
     @classmethod
     def from_json(cls, data: Json) -> LayerRecord:
@@ -58,6 +59,7 @@ def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
         sealed=layer.sealed,
         created=layer.created,
         labels=dict(layer.labels),
+        digests=dict(layer.digests),
         parent_id=None if parent is None else parent.id,
         parent=None if parent is None else parent.name,
         usage=layer.usage() if with_usage else None,

@@ -14,16 +14,19 @@ from fastapi.responses import JSONResponse
 
 from .. import errors
 from ..api import PoolAPI
-from . import layer_routes, pool_routes
+from . import layer_routes, pool_routes, verb_routes
 from .state import Gate, LayerTable
 from .transport import STOPPING
 from .wire import API, encode_error
 
 _STATUS: dict[type[Exception], int] = {
     errors.LayerNotFound: 404,
+    errors.ImageNotFound: 404,
+    errors.ContainerNotFound: 404,
     errors.LayerDeleted: 410,
     errors.LayerExists: 409,
     errors.LayerBusy: 409,
+    errors.ImageBusy: 409,
     errors.LayerState: 409,
     errors.LayerSealed: 409,
     errors.NeedsRoot: 403,
@@ -71,6 +74,7 @@ def create_app(pool: PoolAPI, gate: Gate) -> FastAPI:
     app.state.layers = LayerTable(pool)
     app.include_router(pool_routes.router, prefix=API)
     app.include_router(layer_routes.router, prefix=API)
+    app.include_router(verb_routes.router, prefix=API)
     app.add_exception_handler(RequestValidationError, _answer_bad_request)
     for kind in (errors.ThinpoolError, OSError, ValueError, TypeError):
         app.add_exception_handler(kind, _answer_error)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..api import Attachment, Buffer, Extent, LayerAPI, PoolUsage, Progress, Size, Usage
-from ..errors import ServerError
+from .remote import RemoteContainers, RemoteImages, follow
 from .transport import Transport
 from .wire import LayerRecord, decode_extents
 
@@ -54,6 +54,16 @@ class RemotePool:
         return self._chunk_size
 
     @property
+    def images(self) -> RemoteImages:
+        """The pool's container images."""
+        return RemoteImages(self._transport)
+
+    @property
+    def containers(self) -> RemoteContainers:
+        """The pool's containers."""
+        return RemoteContainers(self._transport)
+
+    @property
     def server_pid(self) -> int:
         """The process id of the pool's server."""
         return self._server_pid
@@ -92,7 +102,7 @@ class RemotePool:
     def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> RemoteLayer:
         """A writable layer with the content of a raw image file or block device. Raises LayerExists, ImportFailed."""
         body = {"path": os.path.abspath(path), "name": name, "labels": _plain(labels)}
-        return self._layer(_work(self._transport.lines("POST", "/import/raw", body), progress))
+        return self._layer(follow(self._transport.lines("POST", "/import/raw", body), progress))
 
     def import_rootfs(
         self,
@@ -106,7 +116,7 @@ class RemotePool:
     ) -> RemoteLayer:
         """A sealed layer with a file system that holds a tarball's tree. Raises LayerExists, ImportFailed."""
         body = {"path": os.path.abspath(path), "name": name, "size": size, "filesystem": filesystem, "labels": _plain(labels)}
-        return self._layer(_work(self._transport.lines("POST", "/import/rootfs", body), progress))
+        return self._layer(follow(self._transport.lines("POST", "/import/rootfs", body), progress))
 
     def attachments(self) -> list[Attachment]:
         """The layers in use."""
@@ -276,7 +286,7 @@ class RemoteLayer:
 
     def export_raw(self, path: str | Path, *, progress: Progress | None = None) -> None:
         """Writes it as a sparse raw image. The server's user must be able to write there."""
-        _work(self._transport.lines("POST", f"{self._route}/export/raw", {"path": os.path.abspath(path)}), progress)
+        follow(self._transport.lines("POST", f"{self._route}/export/raw", {"path": os.path.abspath(path)}), progress)
 
     def attach(self, *, sector_size: int = 512, owner: int = 0) -> Attachment:
         """Makes it a block device. Raises NeedsRoot, LayerBusy."""
@@ -321,13 +331,3 @@ def _pieces(length: int) -> list[tuple[int, int]]:
 def _extents(lines: Iterator[dict[str, Any]]) -> Iterator[Extent]:
     for line in lines:
         yield from decode_extents(line.get("items", []))
-
-
-def _work(lines: Iterator[dict[str, Any]], progress: Progress | None) -> Any:
-    """Follows long work to its end, and gives its result."""
-    for line in lines:
-        if "result" in line:
-            return line["result"]
-        if progress is not None:
-            progress(*line["progress"])
-    raise ServerError("the pool's server ended its answer without a result")

@@ -1,4 +1,4 @@
-"""What the server and its client say to each other, as JSON: errors, layers, extents, attachments.
+"""What the server and its client say to each other, as JSON: errors, layers, extents, images, containers.
 
 An answer is one JSON value, or a stream of JSON lines, each an object with one key: ``items`` (a batch of a listing),
 ``progress`` (``[done, total]`` of long work), and last either ``result`` or ``error``. A stream that ends without one of
@@ -10,8 +10,8 @@ from __future__ import annotations
 import builtins
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import IO, Any
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import IO, Any, TypeVar
 
 from .. import errors
 from ..api import Extent, LayerAPI, PoolAPI, Usage
@@ -21,6 +21,7 @@ LOG_NAME = "server.log"
 API = "/v1"
 
 Json = dict[str, Any]
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,21 @@ def encode_extents(extents: list[Extent]) -> list[list[Any]]:
 def decode_extents(items: list[list[Any]]) -> list[Extent]:
     """What :func:`encode_extents` wrote."""
     return [Extent(*item) for item in items]
+
+
+def encode_result(value: Any) -> Any:
+    """What a verb of images or containers gives, as JSON takes it: dataclasses and lists of them become objects and arrays."""
+    if isinstance(value, (list, tuple)):
+        return [encode_result(item) for item in value]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def decode_record(kind: type[Record], data: Json) -> Record:
+    """A dataclass of :mod:`thinpool.api` from what :func:`encode_result` made of it; in these a sequence is a tuple."""
+    fields: Json = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    if "usage" in fields:
+        fields["usage"] = Usage(**data["usage"])
+    return kind(**fields)
 
 
 def encode_error(error: BaseException) -> Json:

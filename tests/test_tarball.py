@@ -15,9 +15,16 @@ import pytest
 from conftest import needs_root, needs_tool
 
 from thinpool.errors import ImportFailed
-from thinpool.filesystems.tarball import unpack
+from thinpool.filesystems import tarball
+from thinpool.filesystems.tree import MountedTree
 
 pytestmark = [needs_root(), needs_tool("tar", "xz", "gzip", "bzip2")]
+
+
+def unpack(path: Path, directory: Path) -> None:
+    with MountedTree(directory) as tree:
+        tarball.unpack(path, tree)
+
 
 MTIME_NS = 1_234_567_890_123_456_789
 

@@ -14,6 +14,7 @@ from ..errors import ImportFailed, NeedsRoot
 from ..units import parse_size
 from .blank import FILESYSTEM_LABEL, blank_layer
 from .tarball import unpack
+from .tree import MountedTree
 
 if TYPE_CHECKING:
     from ..layer import Layer
@@ -56,7 +57,8 @@ def _fill(pool: Pool, layer: Layer, path: Path, progress: Progress | None) -> No
     try:
         layer.mount(directory)
         try:
-            unpack(path, directory, progress=progress)
+            with MountedTree(directory) as tree:
+                unpack(path, tree, progress=progress)
         finally:
             layer.unmount()
     finally:

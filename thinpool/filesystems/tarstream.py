@@ -1,0 +1,198 @@
+"""Members of a tar, read strictly from a stream that goes forward only.
+
+The formats: POSIX.1-2017 pax, and GNU tar's manual, "Basic Tar Format"; sparse files as GNU tar's, and as its PAX 0.0, 0.1 and 1.0.
+
+tarfile parses. It is made strict: what it would pass over as the end of the archive (a damaged header, a missing end), numbers
+that are none, and headers without bound are errors here. Its own reader of streams copies what it holds at every header; :class:`_Forward` does not.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO, Protocol, cast
+from urllib.parse import unquote
+
+from ..errors import ImportFailed
+from .tree import Attributes
+
+PIECE_BYTES = 1 << 20
+_HEADER_BYTES_MAX = 1 << 20  # of a PAX header or a long name; Go's archive/tar, and with it Docker, reads no longer ones
+_NUMBER = re.compile(r"[0-9]{1,20}")
+_TIME = re.compile(r"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
+_LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_KINDS = {tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK, tarfile.CHRTYPE: stat.S_IFCHR}
+_KINDS |= {tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO, **dict.fromkeys(tarfile.REGULAR_TYPES, stat.S_IFREG)}
+
+
+class Readable(Protocol):
+    """A stream: ``read`` returns at least a byte, unless at the end."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+class Member(tarfile.TarInfo):
+    """A member. A header that is damaged, or missing before the end-of-archive marker, is an error."""
+
+    _stored_at: int | None = None  # where a sparse 1.0 member begins: with its map
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            what = f"damaged header ({error})" if len(buf) == tarfile.BLOCKSIZE else "cut short: no end-of-archive marker"
+            raise tarfile.ReadError(what) from None
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile's hook for subclasses
+        if self.size < 0:
+            raise tarfile.ReadError("damaged header (negative size)")
+        if self.type in _LONG_HEADERS and self.size > _HEADER_BYTES_MAX:
+            raise tarfile.ReadError(f"damaged header (one of {self.size} bytes)")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
+
+    def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        found = super()._proc_pax(archive)  # type: ignore[misc]
+        if self.type != tarfile.XGLTYPE:
+            for key in ("size", "uid", "gid"):  # of what is no number tarfile makes 0
+                if key in found.pax_headers and not _NUMBER.fullmatch(found.pax_headers[key]):
+                    raise tarfile.ReadError(f"{key} {found.pax_headers[key]!r} is no number")
+            if isinstance(found, Member) and found._stored_at is not None and "size" in found.pax_headers:
+                archive.offset = found._stored_at + self._block(int(found.pax_headers["size"]))  # type: ignore[attr-defined]
+        return found  # type: ignore[no-any-return]
+
+    def _proc_gnusparse_10(self, found: Member, headers: dict[str, str], archive: tarfile.TarFile) -> None:
+        found._stored_at = archive.fileobj.tell()
+        super()._proc_gnusparse_10(found, headers, archive)  # type: ignore[misc]
+
+    @property
+    def kind(self) -> int | None:
+        """``stat.S_IFMT`` bits; ``None`` for a hard link. Raises ImportFailed for a type that is not known."""
+        if self.type == tarfile.LNKTYPE:
+            return None
+        try:
+            return _KINDS[self.type]
+        except KeyError:
+            raise ImportFailed(f"{self.name!r} is of a type that is not known: {self.type!r}") from None
+
+    def attributes(self) -> Attributes:
+        """Raises ImportFailed for numbers that no file can have."""
+        kind = self.kind or stat.S_IFREG
+        if not (0 <= self.uid < 0xFFFFFFFF and 0 <= self.gid < 0xFFFFFFFF):
+            raise ImportFailed(f"{self.name!r} has an owner that is out of range: {self.uid}:{self.gid}")
+        if self.size < 0:
+            raise ImportFailed(f"{self.name!r} has a negative size")
+        device = 0
+        if kind in (stat.S_IFCHR, stat.S_IFBLK):
+            if not (0 <= self.devmajor < 1 << 12 and 0 <= self.devminor < 1 << 20):
+                raise ImportFailed(f"{self.name!r} is a device that is out of range: {self.devmajor}:{self.devminor}")
+            device = os.makedev(self.devmajor, self.devminor)
+        mode = 0o777 if kind == stat.S_IFLNK else stat.S_IMODE(self.mode)
+        return Attributes(mode=kind | mode, uid=self.uid, gid=self.gid, mtime_ns=self._mtime_ns(), rdev=device)
+
+    def _mtime_ns(self) -> int:
+        text = self.pax_headers.get("mtime")
+        if text is None:
+            return int(self.mtime) * 10**9
+        match = _TIME.fullmatch(text)  # exactly: TarInfo keeps a float of it
+        if match is None:
+            raise ImportFailed(f"{self.name!r} has a time that is no number: {text!r}")
+        sign, seconds, fraction = match.groups()
+        nanoseconds = int(seconds) * 10**9 + int(((fraction or "") + "0" * 9)[:9])
+        return -nanoseconds if sign else nanoseconds
+
+    def xattrs(self) -> dict[str, bytes]:
+        """``SCHILY.xattr.NAME`` as it is (star, GNU tar, Go), ``LIBARCHIVE.xattr.NAME`` in base64, its name with ``%``."""
+        found: dict[str, bytes] = {}
+        for key, value in self.pax_headers.items():
+            if key.startswith("SCHILY.xattr."):
+                found[key[13:]] = value.encode("utf-8", "surrogateescape")
+            elif key.startswith("LIBARCHIVE.xattr."):
+                found.setdefault(unquote(key[17:]), base64.b64decode(value + "=" * (-len(value) % 4)))
+        return found
+
+
+class _Forward:
+    """What tarfile wants of a file, over a stream."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._stream = stream
+        self._held, self._next = b"", 0  # what was read, and where of it the next byte is
+        self._before = 0  # position of the first byte held
+
+    def tell(self) -> int:
+        return self._before + self._next
+
+    def seek(self, position: int) -> None:
+        if position < self.tell():
+            raise tarfile.ReadError("damaged header (data that lies before it)")
+        while position > self._before + len(self._held) and self._fill():
+            continue
+        self._next = min(position - self._before, len(self._held))
+
+    def read(self, size: int) -> bytes:
+        """That many bytes, unless the stream ends before."""
+        end = self._next + size
+        if end <= len(self._held):
+            piece = self._held[self._next : end]
+            self._next = end
+            return piece
+        pieces = []
+        while size > 0:
+            piece = self._held[self._next : self._next + size]
+            self._next += len(piece)
+            size -= len(piece)
+            pieces.append(piece)
+            if size and not self._fill():
+                break
+        return b"".join(pieces)
+
+    def _fill(self) -> bool:
+        self._before += len(self._held)
+        self._held, self._next = self._stream.read(PIECE_BYTES), 0
+        return bool(self._held)
+
+    def close(self) -> None:
+        """The stream is its owner's to close."""
+
+
+class TarStream:
+    """The members of a tar, in order; the content of each is to be read before the next one is asked for."""
+
+    def __init__(self, stream: Readable) -> None:
+        self._file = _Forward(stream)
+
+    def __iter__(self) -> Iterator[Member]:
+        """Raises tarfile.TarError or ValueError where it is damaged. Reads the stream to its end: what checks the whole is there."""
+        file: BinaryIO = self._file  # type: ignore[assignment]
+        archive = tarfile.TarFile(fileobj=file, mode="r", tarinfo=Member, encoding="utf-8", errors="surrogateescape")
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]
+            assert isinstance(member, Member)
+            yield member
+        while self._file.read(PIECE_BYTES):
+            continue
+
+    def pieces(self, member: Member) -> Iterator[tuple[int, bytes]]:
+        """(offset, data) of a regular file; what lies between is a hole."""
+        sparse = cast("list[tuple[int, int]] | None", member.sparse)
+        ranges = [(0, member.size)] if sparse is None else sparse
+        self._file.seek(member.offset_data)
+        done = 0
+        for start, length in ranges:
+            if start < 0 or length < 0 or (length and start < done) or start + length > member.size:
+                raise tarfile.ReadError("damaged map of a sparse file")
+            done = start
+            end = start + length
+            while done < end:
+                piece = self._file.read(min(PIECE_BYTES, end - done))
+                if not piece:
+                    raise tarfile.ReadError("unexpected end of data")
+                yield done, piece
+                done += len(piece)

@@ -114,7 +114,7 @@ class Member(tarfile.TarInfo):
             if key.startswith("SCHILY.xattr."):
                 found[key[13:]] = value.encode("utf-8", "surrogateescape")
             elif key.startswith("LIBARCHIVE.xattr."):
-                found.setdefault(unquote(key[17:]), base64.b64decode(value + "=" * (-len(value) % 4)))
+                found.setdefault(unquote(key[17:], errors="surrogateescape"), base64.b64decode(value + "=" * (-len(value) % 4)))
         return found
 
 

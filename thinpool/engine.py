@@ -111,6 +111,11 @@ def tp_py_extend_window(ctx: Any) -> int:
     return engine._guarded(engine.store.extend_window)
 
 
+def io_addresses() -> tuple[int, int, int]:
+    """Where the core's functions to read, write and discard are, for C code that is given a layer's :attr:`EngineLayer.address`."""
+    return tuple(int(_ffi.cast("uintptr_t", _ffi.addressof(_core, name))) for name in ("tp_read", "tp_write", "tp_discard"))  # type: ignore[return-value]
+
+
 class Engine:
     """One open pool in the data plane."""
 
@@ -338,7 +343,13 @@ class EngineLayer:
         self.id = layer_id
         self.pointer = _ffi.gc(pointer, _core.tp_layer_put)
 
-    def _raise(self, rc: int, offset: int, length: int) -> None:
+    @property
+    def address(self) -> int:
+        """Of the core's handle, for C code; good for as long as this object lives."""
+        return int(_ffi.cast("uintptr_t", self.pointer))
+
+    def raise_error(self, rc: int, offset: int = 0, length: int = 0) -> None:
+        """Raises the exception for a code that one of the core's functions has returned in this thread."""
         self.engine.check(rc, self.id, offset, length)
 
     def read(self, length: int, offset: int) -> bytes:
@@ -366,7 +377,7 @@ class EngineLayer:
         except OverflowError:
             raise errors.OutOfRange(f"an offset that no layer has: {offset}") from None
         if rc:
-            self._raise(rc, offset, length)
+            self.raise_error(rc, offset, length)
 
     def write(self, data: Buffer, offset: int) -> int:
         source = data if type(data) is bytes else _from_buffer(data)
@@ -376,7 +387,7 @@ class EngineLayer:
         except OverflowError:
             raise errors.OutOfRange(f"an offset that no layer has: {offset}") from None
         if rc:
-            self._raise(rc, offset, length)
+            self.raise_error(rc, offset, length)
         return length
 
     def discard(self, offset: int, length: int) -> None:
@@ -385,7 +396,7 @@ class EngineLayer:
         except OverflowError:
             raise errors.OutOfRange(f"a range that no layer has: {length} bytes at {offset}") from None
         if rc:
-            self._raise(rc, offset, length)
+            self.raise_error(rc, offset, length)
 
     def equal(self, data: Buffer, offset: int) -> bool:
         """True if the layer holds these bytes there."""

@@ -156,7 +156,7 @@ int tp_flush(tp_pool *pool); /* all that was written before the call is durable 
  *     return of 0 items with *cursor at the end means done. Neighbours may have the same kind. --- */
 int64_t tp_extents(tp_layer *layer, uint64_t *cursor, tp_extent *out, uint64_t capacity);
 int64_t tp_diff(tp_layer *from, tp_layer *to, uint64_t *cursor, tp_extent *out, uint64_t capacity);
-int tp_exclusive(tp_layer *layer, uint64_t *chunks); /* how many chunks deleting the layer would free */
+int tp_exclusive(tp_layer **layers, uint64_t count, uint64_t *chunks); /* how many chunks deleting all these would free */
 
 /* --- sharing equal chunks (import). Map, revoke, compare, and on a difference write over it --- */
 int tp_map_shared(tp_layer *layer, uint64_t index, uint64_t chunk); /* 1: entry names chunk now; 0: chunk is not allocated */

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -231,6 +231,12 @@ class Engine:
         self.check(_core.tp_layer_get(self.pointer, layer_id, out), layer_id)
         return EngineLayer(self, layer_id, out[0])
 
+    def exclusive_chunks(self, layers: Sequence[EngineLayer]) -> int:
+        """How many chunks deleting all these layers would free."""
+        out = _ffi.new("uint64_t *")
+        self.check(_core.tp_exclusive([layer.pointer for layer in layers], len(layers), out))
+        return int(out[0])
+
     def diff(self, from_layer: EngineLayer, to_layer: EngineLayer) -> Iterator[tuple[int, int, bool]]:
         """(offset, length, data in ``to_layer``) of each range that may differ, neighbours joined."""
         return self._walk(lambda cursor, out: _core.tp_diff(from_layer.pointer, to_layer.pointer, cursor, out, _EXTENTS_PER_CALL), to_layer)
@@ -429,12 +435,6 @@ class EngineLayer:
         info = _ffi.new("tp_layer_info *")
         self.engine.check(_core.tp_layer_get_info(self.pointer, info), self.id)
         return int(info.size), int(info.mapped_refs), bool(info.sealed)
-
-    def exclusive_chunks(self) -> int:
-        """How many chunks deleting the layer would free."""
-        out = _ffi.new("uint64_t *")
-        self.engine.check(_core.tp_exclusive(self.pointer, out), self.id)
-        return int(out[0])
 
     def extents(self) -> Iterator[tuple[int, int, bool]]:
         """(offset, length, data) from the start to the end of the layer, without gaps."""

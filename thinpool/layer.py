@@ -202,7 +202,7 @@ class Layer:
         """What the layer takes, exactly, as of now; costs what it does not share."""
         size, refs, _ = self._handle.info()
         chunk_size = self._pool.chunk_size
-        exclusive = self._handle.exclusive_chunks() * chunk_size
+        exclusive = self._pool.engine.exclusive_chunks([self._handle]) * chunk_size
         return Usage(virtual=size, mapped=refs * chunk_size, exclusive=exclusive, shared=refs * chunk_size - exclusive)
 
     # --- uses: exports do these (Pool.register) ---

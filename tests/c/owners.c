@@ -262,7 +262,7 @@ static void step_diff(struct owner *owner) {
 static void step_exclusive(struct owner *owner) {
   uint64_t chunks;
   tp_layer_info info;
-  int rc = tp_exclusive(owner->live.layer, &chunks);
+  int rc = tp_exclusive(&owner->live.layer, 1, &chunks);
   if (rc == TP_OK) rc = tp_layer_get_info(owner->live.layer, &info);
   CHECK(rc == TP_OK || is_over(rc), "exclusive: %d", rc);
   if (rc != TP_OK) return;

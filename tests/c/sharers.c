@@ -163,7 +163,7 @@ void *run_walker(void *argument) {
     }
     for (cursor = 0, count = layer != NULL; count > 0;) count = tp_extents(layer, &cursor, extents, 64);
     CHECK(is_expected((int)count), "extents: %ld", count);
-    if (layer != NULL) CHECK(is_expected(tp_exclusive(layer, &chunks)), "exclusive");
+    if (layer != NULL) CHECK(is_expected(tp_exclusive(&layer, 1, &chunks)), "exclusive");
     tp_layer_put(layer);
     tp_layer_put(to);
     worker->scenario->operations++;

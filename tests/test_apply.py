@@ -296,6 +296,12 @@ def data_of(path: Path) -> tuple[int, list[tuple[int, bytes]]]:
     return size, found
 
 
+def sparse(name: str, its_map: str, data: bytes = b"", realsize: int = 1 << 20, **pax: str) -> Made:
+    """A sparse file as PAX 1.0 has it: its map, then its data."""
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": str(realsize), **pax}
+    return member(f"GNUSparseFile.0/{name}", content=its_map.encode().ljust(512, b"\0") + data, pax=pax)
+
+
 BASE = [
     member("way", SYM, linkname=".."),
     member("absolute", SYM, linkname="/tmp"),
@@ -330,6 +336,7 @@ REFUSED: dict[str, list[Made]] = {
     "root a hard link": [member("./", LNK, linkname="file")],
     "name with NUL": [member("x", pax={"path": "a\0b"})],
     "link target with NUL": [member("own", SYM, pax={"linkpath": "a\0b"})],
+    "link to nothing": [member("own", SYM)],
     "name too long": [member("n" * 256)],
     "time is no number": [member("own", pax={"mtime": "nan"})],
     "time out of range": [member("own", pax={"mtime": "1" + "0" * 19})],
@@ -338,6 +345,13 @@ REFUSED: dict[str, list[Made]] = {
     "owner out of range": [member("own", pax={"gid": "4294967295"})],
     "device out of range": [member("own", CHR, devmajor=4096, devminor=0)],
     "size is no number": [member("own", content=b"x", pax={"size": "-1"})],
+    "header without bound": [member("own", tarfile.XHDTYPE, content=bytes((1 << 20) + 512))],
+    "sparse file of negative size": [sparse("own", "0\n", realsize=-1)],
+    "sparse file with data behind its end": [sparse("own", "1\n4096\n512\n", b"x" * 512, realsize=4096)],
+    "sparse file with data before its start": [sparse("own", "1\n-512\n512\n", b"x" * 512)],
+    "sparse file with data twice": [sparse("own", "2\n512\n512\n0\n512\n", b"x" * 1024)],
+    "sparse file with more data than there is": [sparse("own", "1\n0\n4096\n"), member("second", content=b"x" * 9000)],
+    "sparse file with a map that does not end": [sparse("own", "9\n0\n4096\n")],
     "type not known": [member("own", b"?")],
     "xattr without a name": [member("own", pax={"SCHILY.xattr.": "x"})],
 }
@@ -350,10 +364,12 @@ def test_refused(target: Any, what: str) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImportFailed) as refused:
         target.apply(tar_of(REFUSED[what]))
-    assert REFUSED[what][-1][0].pax_headers.get("path", REFUSED[what][-1][0].name)[:1] in str(refused.value)
+    info = REFUSED[what][-1][0]
+    assert info.pax_headers.get("path", info.pax_headers.get("GNU.sparse.name", info.name))[:1] in str(refused.value)
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert sorted(os.listdir(target.directory.parent)) == outside
-    assert names(target) <= {"", "own", *(info.name for info, _ in BASE)}
+    kept = {"", *(info.name for info, _ in BASE)} - ({"file"} if what.endswith("hidden") else set())
+    assert names(target) - {"own"} == kept
 
 
 def test_missing_directories_get_the_time_of_what_they_are_made_for_and_others_keep_theirs(target: Any) -> None:
@@ -363,6 +379,34 @@ def test_missing_directories_get_the_time_of_what_they_are_made_for_and_others_k
     assert found["old"]["mtime"] == 77 * 10**9 and found["old"]["owner"] == (5, 0)
     assert [found[path] for path in ("old/new", "old/new/er")] == [{"mode": "0o40755", "owner": (0, 0), "mtime": 1234 * 10**9, "xattrs": {}}] * 2
     assert set(found) == {"", "old", "old/new", "old/new/er", "old/new/er/file"}
+
+
+def test_members_take_the_place_of_members_of_the_same_layer(target: Any) -> None:
+    layer = [member("a"), member("a", DIR), member("a/1"), member("a", SYM, linkname="b"), member("a", DIR), member("a/2"), member("a/2", LNK, linkname="a/2")]
+    target.apply(tar_of([*layer, member(".wh.a"), member("b", DIR), member("b/1"), member("b"), member("b", DIR, uid=3), member("b/2")]))
+    assert names(target) == {"", "a", "a/2", "b", "b/2"}
+
+
+def test_the_stream_is_read_to_its_end(target: Any) -> None:
+    stream = io.BytesIO(tar_of([member("a")]) + bytes(5 << 20))
+    with MountedTree(target.directory) as tree:
+        apply_layer(stream, tree, whiteouts=True)
+    assert stream.tell() == len(stream.getvalue())
+
+
+@pytest.mark.parametrize("type", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, DIR])
+def test_sizes_below_zero_are_damage(target: Any, type: bytes) -> None:
+    header = bytearray(member("a", type)[0].tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
+    with pytest.raises(ImportFailed, match="damaged"):
+        target.apply(tar_of([member("first")])[:512] + bytes(header) + bytes(10240))
+
+
+def test_headers_within_headers_without_end_are_damage(target: Any) -> None:
+    long_name = tar_of([member("n" * 200)], format=tarfile.GNU_FORMAT)[:1024]
+    with pytest.raises(ImportFailed, match="damaged"):
+        target.apply(long_name * 3000 + tar_of([member("a")]))
 
 
 def test_bookkeeping_of_aufs_is_ignored(target: Any) -> None:
@@ -392,9 +436,8 @@ def test_sparse_files_larger_than_the_file_system_are_sparse_in_it(target: Any) 
     header[386:410] = tarfile.itn(9 << 30, 12, tarfile.GNU_FORMAT) + b"%011o\0" % 4096  # type: ignore[attr-defined]
     header[483:495] = tarfile.itn(10 << 30, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
-    sparse_map = b"1\n1048576\n4096\n".ljust(512, b"\0")
-    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "new", "size": str(512 + 4096), "GNU.sparse.realsize": str(2 << 20)}
-    made = tar_of([member("GNUSparseFile/new", content=sparse_map + b"b" * 4096, pax=pax), member("last", content=b"c")])
+    new = sparse("new", "1\n1048576\n4096\n", b"b" * 4096, 2 << 20, size=str(512 + 4096))
+    made = tar_of([new, member("last", content=b"c")])
     target.apply(bytes(header) + b"a" * 4096 + made)
     with target.readable() as directory:
         assert data_of(directory / "old") == (10 << 30, [(9 << 30, b"a" * 4096)])

@@ -21,13 +21,14 @@ RANKS = {
     "commits": 4,
     "layer": 5,
     "pool": 6,
-    "exports": 7,
-    "filesystems": 8,
-    "images": 9,
-    "containers": 10,
-    "server": 11,
-    "__init__": 12,
-    "cli": 13,
+    "sharing": 7,
+    "exports": 8,
+    "filesystems": 9,
+    "images": 10,
+    "containers": 11,
+    "server": 12,
+    "__init__": 13,
+    "cli": 14,
 }
 HEADER_RANKS = {"thinpool": 0, "common": 1, "codec": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7, "fuse": 8}
 FORBIDDEN_NAMES = re.compile(r"utils?|helpers?|manager|misc|common_utils", re.IGNORECASE)

@@ -21,6 +21,7 @@ from .api import (
     Removed,
     Usage,
 )
+from .containers.containers import Containers
 from .errors import (
     BadName,
     BadReference,
@@ -55,11 +56,12 @@ from .errors import (
 from .exports import Uses
 from .exports.raw import export_raw, import_raw
 from .filesystems.rootfs import import_rootfs
+from .images.images import Images
 from .layer import Layer
 from .pool import Pool
 from .server.connect import connect
 
-Pool.register(make_uses=Uses, import_raw=import_raw, export_raw=export_raw, import_rootfs=import_rootfs)
+Pool.register(make_uses=Uses, make_images=Images, make_containers=Containers, import_raw=import_raw, export_raw=export_raw, import_rootfs=import_rootfs)
 
 __version__ = "0.1.0"
 __all__ = [

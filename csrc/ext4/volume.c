@@ -74,6 +74,7 @@ int e4_open(const e4_disk *disk, const e4_policy *policy, int writable, e4_fs **
 }
 
 int e4_sync(e4_fs *fs) {
+  if (!fs->writable) return E4_OK;
   int rc = filling_end(fs);
   if (rc == E4_OK) rc = stage_flush(fs);
   if (rc == E4_OK) rc = directories_flush(fs);

@@ -14,14 +14,15 @@ from ..server.wire import LayerRecord, records_of
 from ..units import format_size
 from . import options
 from .options import opened
-from .show import print_extents, print_json, print_table
+from .show import print_extents, print_json, print_table, short_id
 
-BLANK_LABEL = "thinpool.blank"  # layers with an empty file system, kept to be cloned by imports
+_INNER_LABELS = {"thinpool.blank", "thinpool.blob"}  # of empty file systems, kept to be cloned by imports, and of archives of image layers
 
 
 def ls(
     ctx: typer.Context,
-    show_all: Annotated[bool, typer.Option("--all", help="With the blank file systems kept for imports.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="With the blank file systems kept for imports, and the archives of image layers.")] = False,
+    no_trunc: options.NoTrunc = False,
     as_json: options.AsJson = False,
     pool: options.Pool = None,
 ) -> None:
@@ -35,7 +36,7 @@ def ls(
     with opened(ctx, pool) as p:
         records = p.records(with_usage=True) if isinstance(p, RemotePool) else records_of(p, with_usage=True)
         users = _users(p)
-    shown = [record for record in records if show_all or BLANK_LABEL not in record.labels]
+    shown = [record for record in records if show_all or not _INNER_LABELS & record.labels.keys()]
     if as_json:
         print_json([_record_json(record, users.get(record.name, [])) for record in shown])
         return
@@ -44,7 +45,7 @@ def ls(
         assert record.usage is not None
         sizes = (record.usage.virtual, record.usage.mapped, record.usage.exclusive, record.usage.shared)
         kind = "importing" if PARTIAL_LABEL in record.labels else "sealed" if record.sealed else "writable"
-        rows.append([branch + record.name, kind, *map(format_size, sizes), ", ".join(users.get(record.name, []))])
+        rows.append([branch + short_id(record.name, whole=no_trunc), kind, *map(format_size, sizes), ", ".join(users.get(record.name, []))])
     print_table(["LAYER", "KIND", ">VIRTUAL", ">MAPPED", ">EXCLUSIVE", ">SHARED", "USED BY"], rows)
 
 

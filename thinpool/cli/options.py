@@ -19,7 +19,9 @@ Pool = Annotated[
 Layer = Annotated[str, typer.Argument(metavar="LAYER", help="A layer's name.", show_default=False)]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The new name.", show_default=False)]
 Labels = Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; may be given again.", show_default=False)]
+Container = Annotated[str, typer.Argument(metavar="CONTAINER", help="A container's name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, sizes in bytes.")]
+NoTrunc = Annotated[bool, typer.Option("--no-trunc", help="Digests and commands in full.")]
 
 
 def pool_path(ctx: typer.Context, given: Path | None) -> Path:

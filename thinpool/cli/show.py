@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..api import Extent, Progress
 from ..units import format_size
+
+NONE = "<none>"  # what Docker shows in place of a name
+_DIGEST = re.compile(r"sha256:([0-9a-f]{12})[0-9a-f]{52}")
+
+
+def short_id(name: str, *, whole: bool = False) -> str:
+    """A digest's first 12 digits, as Docker shows it; any other name as it is."""
+    found = None if whole else _DIGEST.fullmatch(name)
+    return name if found is None else found[1]
+
+
+def familiar_name(name: str) -> str:
+    """An image's name as people write it: without Docker Hub's host."""
+    from ..images.reference import Reference
+
+    return name if name == NONE else Reference.parse(name).familiar
+
+
+def format_time(seconds: float | None) -> str:
+    """A moment, in the local time of this machine; empty where it is not known."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""
 
 
 def print_json(value: Any) -> None:

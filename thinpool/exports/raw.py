@@ -13,18 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mmh3
-
 from ..api import Progress
 from ..catalog import PARTIAL_LABEL
 from ..engine import is_zero
 from ..errors import DiskError, ImportFailed, OutOfSpace, PoolExists
+from ..sharing import Sharer
 
 if TYPE_CHECKING:
     from ..layer import Layer
     from ..pool import Pool
 
-_BATCH_BYTES = 32 << 20
 _PIECE_BYTES = 4 << 20
 _BLOCK = 4096
 
@@ -82,8 +80,7 @@ class _Importer:
     def __init__(self, pool: Pool, layer: Layer) -> None:
         self._pool, self._layer = pool, layer
         self._chunk = pool.chunk_size
-        self._shared: list[tuple[int, bytes]] = []  # entries made to share, with their bytes, not compared yet
-        self._shared_bytes = 0
+        self._sharer = Sharer(pool, layer)
 
     def run(self, fd: int, size: int, progress: Progress | None) -> None:
         """Copies the source, piece by piece."""
@@ -96,7 +93,7 @@ class _Importer:
                 self._take(view, offset)
                 if progress:
                     progress(offset + length, size)
-        self._compare()
+        self._sharer.compare()
         if progress:
             progress(size, size)
 
@@ -120,37 +117,7 @@ class _Importer:
             if len(content) < self._chunk:
                 self._layer.pwrite(content, offset + start)
                 continue
-            self._take_chunk(bytes(content), (offset + start) // self._chunk)
-
-    def _take_chunk(self, content: bytes, index: int) -> None:
-        digest = mmh3.mmh3_x64_128_digest(content)
-        chunk = self._pool.find_fingerprint(digest)
-        if chunk is not None and self._layer.handle.map_shared(index, chunk):
-            self._shared.append((index, content))
-            self._shared_bytes += len(content)
-            if self._shared_bytes >= _BATCH_BYTES:
-                self._compare()
-            return
-        self._layer.pwrite(content, index * self._chunk)
-        self._note(digest, index)
-
-    def _note(self, digest: bytes, index: int) -> None:
-        chunk = self._layer.handle.chunk_at(index)
-        if chunk is not None:
-            self._pool.note_fingerprint(digest, chunk)
-
-    def _compare(self) -> None:
-        """Nobody overwrites the shared chunks from here on: those that are equal stay shared, the others are written."""
-        if not self._shared:
-            return
-        self._pool.engine.revoke()
-        for index, content in self._shared:
-            offset = index * self._chunk
-            if not self._layer.handle.equal(content, offset):
-                self._layer.pwrite(content, offset)
-                self._note(mmh3.mmh3_x64_128_digest(content), index)
-        self._shared.clear()
-        self._shared_bytes = 0
+            self._sharer.offer((offset + start) // self._chunk, bytes(content), written=False)
 
 
 def export_raw(layer: Layer, path: Path, *, progress: Progress | None = None) -> None:

@@ -46,12 +46,17 @@ def _mkfs_command(filesystem: str, size: int, path: Path) -> list[str]:
     return ["mkfs.ext4", "-q", "-F", "-b", "4096", "-m", "0", *journal, "-U", identity, "-E", extended, str(path)]
 
 
+_FIXED_TIME = str(0x40000000)
+"""What mkfs takes for the present: the same file system is made each time, in every pool."""
+
+
 def run_tool(command: list[str]) -> None:
     """Runs a program of the host. Raises :class:`~thinpool.errors.ToolFailed` with what it said, or where it is missing."""
     program = shutil.which(command[0], path=_SEARCH_PATH)
     if program is None:
         raise ToolFailed(f"{command[0]} is not installed (Debian: e2fsprogs for ext4, xfsprogs for XFS)")
-    done = subprocess.run([program, *command[1:]], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    environment = {"PATH": _SEARCH_PATH, "E2FSPROGS_FAKE_TIME": _FIXED_TIME} if command[0].startswith("mkfs") else {"PATH": _SEARCH_PATH}
+    done = subprocess.run([program, *command[1:]], capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, env=environment)
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise ToolFailed(f"{command[0]} failed: {said[-1] if said else f'exit status {done.returncode}'}")
@@ -99,6 +104,14 @@ def grow_ext4(layer: LayerAPI) -> None:
         run_tool(["resize2fs", "-f", device])
     finally:
         layer.detach()
+
+
+def grow_mounted_ext4(device: str) -> None:
+    """Lets a mounted ext4 fill its device. The kernel asks for CAP_SYS_RESOURCE. Raises ToolFailed."""
+    try:
+        run_tool(["resize2fs", device])
+    except ToolFailed as error:
+        raise ToolFailed(f"{error}; the layer has its new size: stop the container and resize it again for its file system") from error
 
 
 def grow_xfs(mountpoint: Path) -> None:

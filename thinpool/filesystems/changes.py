@@ -60,7 +60,7 @@ class _Comparison:
     def run(self) -> list[PathChange]:
         if _ROOT in self._suspects and self._differ(_ROOT, _ROOT, stat.S_IFDIR):
             self._note("C", (), _ROOT)
-        pending = [((), _ROOT, _ROOT)]
+        pending: list[tuple[Path, int, int]] = [((), _ROOT, _ROOT)]
         while pending:
             path, old, new = pending.pop()
             pending += self._compare_directories(path, old, new)

@@ -17,6 +17,8 @@ from ..engine import io_addresses
 from ..errors import DamagedError, LayerState, OutOfSpace, ToolFailed
 from .tree import Attributes
 
+__all__ = ["Attributes", "Ext4", "available"]
+
 if TYPE_CHECKING:
     from ..layer import Layer
 

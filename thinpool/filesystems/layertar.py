@@ -77,11 +77,13 @@ def _member(path: Path, attributes: Attributes) -> tarfile.TarInfo:
 
 
 def _add_content(member: tarfile.TarInfo, inode: int, attributes: Attributes, layer: Ext4) -> None:
+    headers = dict(member.pax_headers)
     for key, value in sorted(layer.xattrs(inode).items()):
         if "=" in key or not key.isprintable():  # what cannot be a keyword in PAX headers
-            member.pax_headers[f"LIBARCHIVE.xattr.{quote(key, errors='surrogateescape')}"] = base64.b64encode(value).decode()
+            headers[f"LIBARCHIVE.xattr.{quote(key, errors='surrogateescape')}"] = base64.b64encode(value).decode()
         else:
-            member.pax_headers[f"SCHILY.xattr.{key}"] = value.decode("utf-8", "surrogateescape")
+            headers[f"SCHILY.xattr.{key}"] = value.decode("utf-8", "surrogateescape")
+    member.pax_headers = headers
     if member.isreg():
         member.size = attributes.size
     elif member.issym():

@@ -57,15 +57,17 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged header (one of {self.size} bytes)")
         return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
 
-    def _proc_pax(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        found = super()._proc_pax(archive)  # type: ignore[misc]
+    def _proc_pax(self, archive: tarfile.TarFile) -> Member:
+        found: Member = super()._proc_pax(archive)  # type: ignore[misc]
         if self.type != tarfile.XGLTYPE:
             for key in ("size", "uid", "gid"):  # of what is no number tarfile makes 0
                 if key in found.pax_headers and not _NUMBER.fullmatch(found.pax_headers[key]):
                     raise tarfile.ReadError(f"{key} {found.pax_headers[key]!r} is no number")
-            if isinstance(found, Member) and found._stored_at is not None and "size" in found.pax_headers:
-                archive.offset = found._stored_at + self._block(int(found.pax_headers["size"]))  # type: ignore[attr-defined]
-        return found  # type: ignore[no-any-return]
+            realsize = found.pax_headers.get("GNU.sparse.realsize", found.pax_headers.get("GNU.sparse.size"))
+            if realsize is not None and "size" in found.pax_headers:  # which is that of what is stored; tarfile takes the last of them for both
+                archive.offset = (found._stored_at or found.offset_data) + self._block(int(found.pax_headers["size"]))  # type: ignore[attr-defined]
+                found.size = int(realsize)
+        return found
 
     def _proc_gnusparse_10(self, found: Member, headers: dict[str, str], archive: tarfile.TarFile) -> None:
         found._stored_at = archive.fileobj.tell()

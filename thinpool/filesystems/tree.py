@@ -185,8 +185,7 @@ class MountedTree:
     # --- the end ---
 
     def finish(self) -> None:
-        """The deepest first: giving a directory its times changes none of another."""
-        for path in sorted({*self._set, *self._touched}, key=len, reverse=True):
+        for path in {*self._set, *self._touched}:
             try:
                 fd = self._open(path)
             except (FileNotFoundError, ImportFailed):  # removed since, or something else is in its place

@@ -27,6 +27,7 @@ DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+ARCHIVES = (LAYER_GZIP, LAYER_ZSTD, DOCKER_LAYER_GZIP)
 MANIFESTS = (MANIFEST, DOCKER_MANIFEST)
 INDEXES = (INDEX, DOCKER_INDEX)
 
@@ -152,7 +153,9 @@ class Manifest:
             raise ImportFailed("the manifest is of Docker's old schema 1, which is not read: push the image again with a tool of today")
         if "layers" not in data:
             raise ImportFailed(f"the manifest ({data.get('mediaType', media_type) or 'of no media type'}) is not one of an image: it has no layers")
-        layers = tuple(Descriptor.from_json(one, f"layer {number} of the manifest") for number, one in enumerate(_list(data["layers"], "the manifest's layers")))
+        layers = tuple(
+            Descriptor.from_json(one, f"layer {number} of the manifest") for number, one in enumerate(_list(data["layers"], "the manifest's layers"))
+        )
         if len(layers) > _LAYERS_MAX:
             raise ImportFailed(f"the manifest has {len(layers)} layers: more than {_LAYERS_MAX}")
         return cls(Descriptor.from_json(data.get("config"), "the manifest's configuration"), layers)

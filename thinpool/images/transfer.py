@@ -13,11 +13,16 @@ class ImageSource(Protocol):
     digests are DiffIDs. ``config``: verbatim; ``None`` for a tarball, whose DiffID is known only once it is read (:meth:`config_for`).
     ``references``: the full names that it came with; ``layers``: its archives, base first."""
 
-    manifest: bytes | None
-    manifest_type: str
-    config: bytes | None
-    references: tuple[str, ...]
-    layers: tuple[Descriptor, ...]
+    @property
+    def manifest(self) -> bytes | None: ...
+    @property
+    def manifest_type(self) -> str: ...
+    @property
+    def config(self) -> bytes | None: ...
+    @property
+    def references(self) -> tuple[str, ...]: ...
+    @property
+    def layers(self) -> tuple[Descriptor, ...]: ...
 
     def open_blob(self, layer: Descriptor, offset: int = 0) -> BinaryIO:
         """An archive's bytes from an offset on, as they are there. Several threads may read at once."""
@@ -34,8 +39,8 @@ class ImageTarget(Protocol):
     ``accepts_uncompressed``: layers must be plain tars (docker archives); others take archives as they are.
     """
 
-    accepts_uncompressed: bool
-
+    @property
+    def accepts_uncompressed(self) -> bool: ...
     def has_blob(self, blob: Descriptor, *, hints: Sequence[str] = ()) -> bool:
         """Whether it is there. ``hints``: repositories ("docker.io/library/debian") that have it, for a registry to mount it from."""
 

@@ -14,7 +14,7 @@ CORE = ROOT / "csrc"
 
 # Modules and sub-packages by rank: each may import from its own sub-package, and from lower ranks.
 RANKS = {
-    **dict.fromkeys(("errors", "_core"), 0),
+    **dict.fromkeys(("errors", "_core", "_ext4"), 0),
     **dict.fromkeys(("units", "api", "faults"), 1),
     **dict.fromkeys(("engine", "catalog", "layerfile", "poolfiles"), 2),
     "metadata": 3,
@@ -95,6 +95,7 @@ def test_only_the_seams_import_what_lies_below() -> None:
     for path in modules():
         where = str(path.relative_to(PACKAGE))
         assert "lmdb" not in external(path) or where == "metadata.py", where
+        assert "_ext4" not in imported(path) or where == "filesystems/ext4.py", where
         assert "_core" not in imported(path) or where == "engine.py" or room(path) == "exports", where
 
 

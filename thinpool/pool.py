@@ -474,6 +474,6 @@ class Pool:
         labels: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> Layer:
-        """A sealed layer with a file system of ``size`` bytes that holds the tarball's tree. Needs root. Raises ImportFailed."""
+        """A sealed layer with a file system of ``size`` bytes that holds the tarball's tree. Needs root for XFS. Raises ImportFailed."""
         self._require_writable()
         return type(self)._import_rootfs(self, Path(path), name, size=size, filesystem=filesystem, labels=labels, progress=progress)

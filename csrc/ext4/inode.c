@@ -291,8 +291,19 @@ int e4_xattrs(e4_fs *fs, uint32_t number, char **out, uint64_t *length) {
   return E4_OK;
 }
 
+/* What the kernel can list and get; the library would store anything. */
+static bool can_be_named(const char *name) {
+  static const char *const spaces[] = {"user.", "trusted.", "security.", "system.posix_acl_access", "system.posix_acl_default"};
+  for (unsigned i = 0; i < sizeof spaces / sizeof *spaces; i++) {
+    size_t length = strlen(spaces[i]);
+    if (strncmp(name, spaces[i], length) == 0) return spaces[i][length - 1] != '.' ? name[length] == 0 : name[length] != 0 && strlen(name) <= 255;
+  }
+  return false;
+}
+
 int e4_set_xattr(e4_fs *fs, uint32_t number, const char *name, const void *value, uint64_t length) {
   struct ext2_xattr_handle *handle;
+  if (!can_be_named(name)) return E4_EINVAL;
   int rc = filling_end(fs);
   if (rc != E4_OK) return rc;
   errcode_t error = ext2fs_xattrs_open(fs->fs, number, &handle);

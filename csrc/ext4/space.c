@@ -39,25 +39,6 @@ static void range_changed(ext2_filsys efs, blk64_t block, blk_t count, int inuse
   if (inuse < 0) on_free(efs->priv_data, block, count);
 }
 
-static errcode_t take_for_library(ext2_filsys efs, blk64_t goal, blk64_t *out) {
-  (void)goal;
-  e4_fs *fs = efs->priv_data;
-  uint64_t block;
-  int rc = space_take_metadata(fs, &block);
-  if (rc != E4_OK) return rc == E4_ENOSPC ? EXT2_ET_BLOCK_ALLOC_FAIL : fs->error;
-  *out = block;
-  return 0;
-}
-
-int space_begin(e4_fs *fs) {
-  fs->fs->priv_data = fs;
-  fs->data_next = used_end(fs);
-  ext2fs_set_block_alloc_stats_callback(fs->fs, block_changed, NULL);
-  ext2fs_set_block_alloc_stats_range_callback(fs->fs, range_changed, NULL);
-  ext2fs_set_alloc_block_callback(fs->fs, take_for_library, NULL);
-  return E4_OK;
-}
-
 /* A stretch of free blocks at or after `from`, at least one and at most `wanted`; false: none. */
 static bool find_free(e4_fs *fs, uint64_t from, uint64_t wanted, bool aligned, uint64_t *start, uint64_t *count) {
   uint64_t unit = fs->policy.chunk_blocks, end = blocks_count(fs);
@@ -96,11 +77,10 @@ int space_take(e4_fs *fs, uint64_t wanted, bool aligned, uint64_t *start, uint64
   return E4_OK;
 }
 
-int space_take_metadata(e4_fs *fs, uint64_t *block) {
+static int find_metadata(e4_fs *fs, uint64_t *block) {
   uint64_t count;
   if (fs->meta_next < fs->meta_end && find_free(fs, fs->meta_next, 1, false, block, &count) && *block < fs->meta_end) {
     fs->meta_next = *block + 1;
-    take(fs, *block, 1);
     return E4_OK;
   }
   uint64_t start;
@@ -108,10 +88,32 @@ int space_take_metadata(e4_fs *fs, uint64_t *block) {
     fs->meta_next = start;
     fs->meta_end = start + count;
     if (fs->data_next < fs->meta_end) fs->data_next = fs->meta_end;
-    return space_take_metadata(fs, block);
+    return find_metadata(fs, block);
   }
-  if (!find_free(fs, fs->fs->super->s_first_data_block, 1, false, block, &count)) return E4_ENOSPC;
-  take(fs, *block, 1);
+  return find_free(fs, fs->fs->super->s_first_data_block, 1, false, block, &count) ? E4_OK : E4_ENOSPC;
+}
+
+int space_take_metadata(e4_fs *fs, uint64_t *block) {
+  int rc = find_metadata(fs, block);
+  if (rc == E4_OK) take(fs, *block, 1);
+  return rc;
+}
+
+/* For blocks that the library wants: it takes what it is told to. */
+static errcode_t find_for_library(ext2_filsys efs, blk64_t goal, blk64_t *out) {
+  (void)goal;
+  uint64_t block;
+  if (find_metadata(efs->priv_data, &block) != E4_OK) return EXT2_ET_BLOCK_ALLOC_FAIL;
+  *out = block;
+  return 0;
+}
+
+int space_begin(e4_fs *fs) {
+  fs->fs->priv_data = fs;
+  fs->data_next = used_end(fs);
+  ext2fs_set_block_alloc_stats_callback(fs->fs, block_changed, NULL);
+  ext2fs_set_block_alloc_stats_range_callback(fs->fs, range_changed, NULL);
+  ext2fs_set_alloc_block_callback(fs->fs, find_for_library, NULL);
   return E4_OK;
 }
 

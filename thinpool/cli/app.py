@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import devices, layers, listings, transfer
+from . import containers, devices, images, layers, listings, transfer
 from .exits import INTERRUPTED, USAGE, code_of, message_of
 
 app = typer.Typer(
@@ -37,19 +37,34 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},
     "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps},
-    "Devices, mounts, containers": {
+    "Images": {
+        "load": images.load,
+        "pull": images.pull,
+        "push": images.push,
+        "save": images.save,
+        "images": images.images,
+        "history": images.history,
+        "inspect": images.inspect,
+        "tag": images.tag,
+        "untag": images.untag,
+        "commit": images.commit,
+        "rmi": images.rmi,
+        "gc": images.gc,
+    },
+    "Containers": {"run": containers.run, "cp": containers.cp},
+    "Devices and mounts": {
         "attach": devices.attach,
         "detach": devices.detach,
         "mount": devices.mount,
         "umount": devices.umount,
-        "run": devices.run,
         "serve": devices.serve,
     },
 }
 
 for _panel, _verbs in _VERBS.items():
     for _name, _verb in _verbs.items():
-        app.command(_name, rich_help_panel=_panel)(_verb)
+        app.command(_name, rich_help_panel=_panel, cls=containers.WithCommand if _name == "run" else None)(_verb)
+app.add_typer(containers.app, rich_help_panel="Containers")
 
 
 def _show_version(asked: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..api import Container
+from ..api import Container, PoolAPI
 from ..errors import BadName
 from ..units import format_size
 from . import options
+from .exits import NOT_RUN, is_expected
 from .images import container_json
 from .options import opened, parse_labels
 from .show import format_time, print_json, print_table, short_id
@@ -37,8 +40,7 @@ class WithCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.allow_interspersed_args = False
-        words = self.make_parser(ctx).parse_args(list(args))[1]
-        behind = words[1:]
+        behind = list(self.make_parser(ctx).parse_args(list(args))[0].get("command") or ())
         if behind[:1] == ["--"]:
             del args[len(args) - len(behind)]
         elif behind and behind[0].startswith("-") and "--" in behind:
@@ -92,6 +94,68 @@ def rm(
     with opened(ctx, pool, gives_back=True) as p:
         for container in containers:
             p.containers.remove(container, force=force)
+
+
+def run(
+    ctx: typer.Context,
+    image: ImageOrLayer,
+    command: Command = None,
+    remove: Annotated[bool, typer.Option("--rm", help="Remove the container when its command ends.")] = False,
+    name: NewName = None,
+    size: LayerSize = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME[=VALUE]", help="A variable; may be given again.", show_default=False)] = None,
+    user: Annotated[str | None, typer.Option("--user", "-u", metavar="USER[:GROUP]", help="As whom.", show_default=False)] = None,
+    workdir: Annotated[str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Where in it.", show_default=False)] = None,
+    entrypoint: Annotated[str | None, typer.Option(help="In place of the image's.", show_default=False)] = None,
+    hostname: Annotated[str | None, typer.Option(help="Default: the container's name.", show_default=False)] = None,
+    copies: Annotated[int, typer.Option("--copies", "-n", min=1, max=1000, help="So many containers at once.")] = 1,
+    pool: options.Pool = None,
+) -> None:
+    """Run a command in a new container; its status is the command's. Needs root.
+
+    With --copies N it runs in N containers at once, each with its number in THINPOOL_COPY.
+    """
+    from ..containers.run import run_container
+
+    def work(p: PoolAPI) -> int:
+        settings: dict[str, Any] = {"user": user, "workdir": workdir, "entrypoint": entrypoint, "hostname": hostname, "copies": copies}
+        return run_container(p, image, command or (), name=name, remove=remove, size=size, environment=_environment(env), **settings)
+
+    _run(ctx, pool, work)
+
+
+@app.command("start", cls=WithCommand)
+def start(ctx: typer.Context, container: options.Container, command: Command = None, pool: options.Pool = None) -> None:
+    """Run a command in a container that is there; its status is the command's. Needs root."""
+    from ..containers.run import start_container
+
+    _run(ctx, pool, lambda p: start_container(p, container, command or (), environment=_environment(None)))
+
+
+def _environment(given: list[str] | None) -> dict[str, str]:
+    """``NAME=VALUE``, or ``NAME`` for the value that it has here; and the terminal's type."""
+    environment = {"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}
+    for pair in given or ():
+        name, equals, value = pair.partition("=")
+        if not name:
+            raise typer.BadParameter(f"a variable is NAME=VALUE, not {pair!r}", param_hint="--env")
+        if equals or name in os.environ:
+            environment[name] = value if equals else os.environ[name]
+    return environment
+
+
+def _run(ctx: typer.Context, pool: Path | None, work: Callable[[PoolAPI], int]) -> None:
+    from .app import report
+
+    try:
+        with opened(ctx, pool, server=True) as p:
+            status = work(p)
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        report(error)
+        raise typer.Exit(NOT_RUN) from None
+    raise typer.Exit(status)
 
 
 @app.command("diff")

@@ -1,8 +1,7 @@
-"""Verbs that put layers to use: block devices, mounts, containers, and the server that keeps them up."""
+"""Verbs that put layers to use: block devices, mounts, and the server that keeps them up."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,6 @@ import typer
 
 from ..errors import LayerState
 from . import options
-from .exits import NOT_RUN, is_expected
 from .options import attached, opened, pool_path
 from .show import print_json
 
@@ -58,31 +56,6 @@ def umount(ctx: typer.Context, layer: User, pool: options.Pool = None) -> None:
         if attachment is None or attachment.mountpoint is None:
             raise LayerState(f"{layer} is not mounted")
         found.unmount()
-
-
-def run(
-    ctx: typer.Context,
-    layer: options.Layer,
-    command: Annotated[list[str], typer.Argument(metavar="-- CMD...", help="What to run in it.", show_default=False)],
-    remove: Annotated[bool, typer.Option("--rm", help="Drop the container's layer when it ends.")] = False,
-    name: Annotated[str | None, typer.Option(help="The container's name, and its layer's.", show_default=False)] = None,
-    size: Annotated[str | None, typer.Option(help="A larger size for its layer.", show_default=False)] = None,
-    pool: options.Pool = None,
-) -> None:
-    """Run a command in a container on a clone of a layer; its status is the command's. Needs root."""
-    from ..containers.run import run_container
-    from .app import report
-
-    try:
-        with opened(ctx, pool, server=True) as p:
-            environment = {"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}
-            status = run_container(p, layer, command, name=name, remove=remove, size=size, environment=environment)
-    except Exception as error:
-        if not is_expected(error):
-            raise
-        report(error)
-        raise typer.Exit(NOT_RUN) from None
-    raise typer.Exit(status)
 
 
 def serve(

@@ -1,4 +1,6 @@
-"""The first process of a container: ``python container_init.py PARENT_PID ROOT HOSTNAME COMMAND [ARG...]``.
+"""The first process of a container: ``python container_init.py PARENT_PID ROOT HOSTNAME USER WORKDIR COMMAND [ARG...]``.
+
+USER is as in an image's configuration: a name or number, a group's after a colon; nothing: root.
 
 Run as a script, with nothing of thinpool loaded, so that it starts at once and has one thread. It becomes three::
 
@@ -100,6 +102,47 @@ def keep_to_ourselves(root: str) -> bool:
     return True
 
 
+def entries(path: str) -> list[list[str]]:
+    """The lines of /etc/passwd or /etc/group, in fields."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return [line.rstrip("\n").split(":") for line in file if line.count(":") >= 3]
+    except OSError:
+        return []
+
+
+def identity(user: str) -> tuple[int, int, list[int], str]:
+    """User id, group id, other groups and home of a USER, by the container's own files (as Docker does it). Raises OSError."""
+    name, _, group = user.partition(":")
+    known = next((line for line in entries("/etc/passwd") if name in (line[0], line[2]) and len(line) >= 6), None)
+    if known is None and not name.isdigit() and name:
+        raise OSError(f"there is no user {name!r} in the container")
+    uid = int(known[2]) if known else int(name or 0)
+    gid = int(known[3]) if known else 0
+    others = [gid]
+    if group:
+        line = next((line for line in entries("/etc/group") if group in (line[0], line[2])), None)
+        if line is None and not group.isdigit():
+            raise OSError(f"there is no group {group!r} in the container")
+        gid = int(line[2]) if line else int(group)
+        others = [gid]
+    elif known:
+        others += [int(line[2]) for line in entries("/etc/group") if known[0] in line[3].split(",") and line[2].isdigit()]
+    return uid, gid, others, known[5] if known else "/"
+
+
+def become(user: str, workdir: str) -> None:
+    """Takes on the user, and goes where the command is to run; a working directory that is missing is made."""
+    uid, gid, others, home = identity(user or "0")
+    os.environ.setdefault("HOME", home or "/")
+    os.makedirs(workdir, exist_ok=True)
+    os.chdir(workdir)
+    if user:
+        os.setgroups(others)
+        os.setgid(gid)
+        os.setuid(uid)
+
+
 def run_command(command: list[str]) -> None:
     """Becomes the command."""
     for number in (*FORWARDED, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE):
@@ -151,16 +194,17 @@ def reap_until(pid: int) -> int:
             return exit_status(status)
 
 
-def init(root: str, hostname: str, command: list[str]) -> int:
+def init(root: str, hostname: str, user: str, workdir: str, command: list[str]) -> int:
     enter_root(root, hostname)
     child = os.fork()
     if child == 0:
+        become(user, workdir)
         run_command(command)
     forward_to(child)
     return reap_until(child)
 
 
-def main(parent: int, root: str, hostname: str, command: list[str]) -> int:
+def main(parent: int, root: str, hostname: str, user: str, workdir: str, *command: str) -> int:
     die_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # what comes before there is a command waits for it
     checked(libc.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID), "unshare")
@@ -175,7 +219,7 @@ def main(parent: int, root: str, hostname: str, command: list[str]) -> int:
             os._exit(NOT_RUNNABLE)  # end of file: outer ended before the call above
         except BlockingIOError:
             os.close(alive)
-        return init(root, hostname, command)
+        return init(root, hostname, user, workdir, list(command))
     os.close(alive)
     forward_to(child)
     return reap_until(child)
@@ -183,7 +227,7 @@ def main(parent: int, root: str, hostname: str, command: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        code = main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])
+        code = main(int(sys.argv[1]), *sys.argv[2:])
     except OSError as failure:
         os.write(2, f"thinpool: cannot set up the container: {failure.strerror or failure}\n".encode())
         code = NOT_RUNNABLE

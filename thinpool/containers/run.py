@@ -1,4 +1,4 @@
-"""Runs a command in a container: a clone of a layer as root directory, in namespaces of its own.
+"""Runs a command in a container: a clone of an image's layer as root directory, in namespaces of its own.
 
 The command runs under ``container_init.py``, a process of its own that knows nothing of pools. The mount belongs to
 this process as its owner: should it be killed, its container's processes die with it, and whoever holds the pool
@@ -14,72 +14,135 @@ import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..api import LayerAPI, PoolAPI, Size
-from ..errors import BadName, LayerBusy, LayerState, NeedsRoot, ThinpoolError
-from ..filesystems.blank import FILESYSTEM_LABEL, grow_ext4, grow_xfs
+from ..api import Container, PoolAPI, Size
+from ..errors import BadName, ContainerNotFound, LayerBusy, LayerState, NeedsRoot, ThinpoolError
+from ..filesystems.blank import FILESYSTEM_LABEL, grow_xfs
+from .containers import layer_stem
 
-CONTAINER_LABEL = "thinpool.container"
-IMAGE_LABEL = "thinpool.image"
 _REMOVE_LABEL = "thinpool.remove"  # the pid and start time of the process that will delete the layer when its command ends
 _INIT = Path(__file__).with_name("container_init.py")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _NAME_MAX = 255  # bytes of a file name, as on every file system of Linux
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run says otherwise than the image. ``entrypoint`` "": none; ``user``: like ``name``, ``1000:1000``; ``workdir``: absolute."""
+
+    command: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
+    workdir: str | None = None
+    entrypoint: str | None = None
+    hostname: str | None = None
 
 
 def run_container(
     pool: PoolAPI,
-    layer_name: str,
-    command: Sequence[str],
+    image: str,
+    command: Sequence[str] = (),
     *,
     name: str | None = None,
     remove: bool = False,
     size: Size | None = None,
     environment: Mapping[str, str] | None = None,
+    user: str | None = None,
+    workdir: str | None = None,
+    entrypoint: str | None = None,
+    hostname: str | None = None,
+    copies: int = 1,
 ) -> int:
-    """Clones the layer, mounts the clone, runs the command with it as its root; the command's exit status.
+    """Makes a container from an image (or a layer), and runs the image's command, or this one, in it; the command's exit status.
 
-    128 and the signal's number where a signal ended it, 127 where there is no such command, 126 where it cannot be run. The clone is
-    named ``name`` (by default after the layer) and kept, unless ``remove``. ``size``: a larger one for it, its file system is grown.
-    Raises NeedsRoot, LayerNotFound, LayerExists, LayerState or ToolFailed.
+    128 and the signal's number where a signal ended it, 127 where there is no such command, 126 where it cannot be run. The container is
+    named ``name`` (by default after the image) and kept, unless ``remove``. ``size``: a larger one for it, its file system is grown.
+    ``copies``: so many at once, named NAME-1, NAME-2, …, each with its number in ``THINPOOL_COPY`` and its name before each line that it prints;
+    the status is then the first that is not 0. Raises NeedsRoot, ImageNotFound, LayerExists, LayerState or ToolFailed.
     """
-    if os.geteuid() != 0:
-        raise NeedsRoot("running a container needs root, for its mount and namespaces; clone and export work without")
-    if not command:
-        raise LayerState("a container needs a command to run")
+    _require_root()
     _sweep(pool)
-    source = pool.layer(layer_name)
-    container = name or f"{source.name.rsplit('/', 1)[-1].replace(':', '-')}-{uuid.uuid4().hex[:8]}"
-    mountpoint = container.replace("/", "%2F")
+    settings = Settings(command, environment or {}, user, workdir, entrypoint, hostname)
+    stem = name or f"{layer_stem(image)}-{uuid.uuid4().hex[:8]}"
+    names = [stem] if copies == 1 else [f"{stem}-{number}" for number in range(1, copies + 1)]
+    for one in names:
+        _mountpoint(one)
+    if copies == 1:
+        return _run_new(pool, image, names[0], settings, remove=remove, size=size)
+    with ThreadPoolExecutor(copies) as threads:
+        runs = [threads.submit(_run_copy, pool, image, one, number, settings, remove, size) for number, one in enumerate(names, 1)]
+        statuses = [run.result() for run in runs]
+    return next((status for status in statuses if status), 0)
+
+
+def start_container(pool: PoolAPI, name: str, command: Sequence[str] = (), *, environment: Mapping[str, str] | None = None) -> int:
+    """Runs a container's command, or this one, in a container that is there; the command's exit status. Raises ContainerNotFound, LayerBusy, …"""
+    _require_root()
+    return _run_in(pool, pool.containers.get(name), Settings(command, environment or {}))
+
+
+def _require_root() -> None:
+    if os.geteuid() != 0:
+        raise NeedsRoot("running a container needs root, for its mount and namespaces; create, cp, diff and commit work without")
+
+
+def _mountpoint(name: str) -> str:
+    mountpoint = name.replace("/", "%2F")
     if len(mountpoint) > _NAME_MAX:
-        raise BadName(f"the container name {container!r} is too long for its mount point: {len(mountpoint)} characters, with / as %2F, of {_NAME_MAX}")
-    labels = {CONTAINER_LABEL: "1", IMAGE_LABEL: source.name}
-    if FILESYSTEM_LABEL in source.labels:
-        labels[FILESYSTEM_LABEL] = source.labels[FILESYSTEM_LABEL]
-    if remove:
-        labels[_REMOVE_LABEL] = _process_identity(os.getpid()) or ""
-    layer = source.clone(container, size, labels=labels)
-    filesystem, grown = labels.get(FILESYSTEM_LABEL, "ext4"), layer.size > source.size
+        raise BadName(f"the container name {name!r} is too long for its mount point: {len(mountpoint)} characters, with / as %2F, of {_NAME_MAX}")
+    return mountpoint
+
+
+def _run_copy(pool: PoolAPI, image: str, name: str, number: int, settings: Settings, remove: bool, size: Size | None) -> int:
+    numbered = replace(settings, environment={**settings.environment, "THINPOOL_COPY": str(number)})
+    return _run_new(pool, image, name, numbered, remove=remove, size=size, prefix=f"{name} | ")
+
+
+def _run_new(pool: PoolAPI, image: str, name: str, settings: Settings, *, remove: bool, size: Size | None, prefix: str = "") -> int:
+    labels = {_REMOVE_LABEL: _process_identity(os.getpid()) or ""} if remove else {}
+    container = pool.containers.create(image, name=name, size=size, labels=labels)
     try:
-        if grown and filesystem == "ext4":
-            grow_ext4(layer)
-        directory = pool.path / "run" / "containers" / mountpoint
-        layer.mount(directory, owner=os.getpid())
-        try:
-            if grown and filesystem == "xfs":
-                grow_xfs(directory)
-            return spawn(directory, command, hostname=container, environment={**_ENVIRONMENT, **(environment or {})})
-        finally:
-            layer.unmount()
+        return _run_in(pool, container, settings, prefix=prefix)
     finally:
         if remove:
-            layer.delete()
+            pool.containers.remove(name)
+
+
+def _run_in(pool: PoolAPI, container: Container, settings: Settings, *, prefix: str = "") -> int:
+    config = pool.containers.configuration(container.name)
+    image, own = config["config"], config["command"]
+    entrypoint = list(image.get("Entrypoint") or []) if settings.entrypoint is None else [settings.entrypoint] if settings.entrypoint else []
+    default = [] if settings.entrypoint is not None else list(image.get("Cmd") or [])
+    command = [*entrypoint, *(settings.command or own or default)]
+    if not command:
+        raise LayerState(f"a container needs a command to run, and {container.image} says none")
+    given = dict(pair.partition("=")[::2] for pair in image.get("Env") or [])
+    environment = {"PATH": _PATH, **given, **settings.environment}
+    layer = pool.layer(container.layer)
+    directory = pool.path / "run" / "containers" / _mountpoint(container.name)
+    layer.mount(directory, owner=os.getpid())
+    try:
+        if layer.labels.get(FILESYSTEM_LABEL) == "xfs":
+            grow_xfs(directory)
+        return spawn(
+            directory,
+            command,
+            hostname=settings.hostname or container.name,
+            environment=environment,
+            user=settings.user if settings.user is not None else image.get("User") or "",
+            workdir=settings.workdir or image.get("WorkingDir") or "/",
+            prefix=prefix,
+        )
+    finally:
+        layer.unmount()
 
 
 def _process_identity(pid: int) -> str | None:
@@ -92,30 +155,33 @@ def _process_identity(pid: int) -> str | None:
 
 
 def _sweep(pool: PoolAPI) -> None:
-    """Deletes layers whose ``--rm`` was not done because the process that would have done it was killed."""
+    """Removes containers whose ``--rm`` was not done because the process that would have done it was killed."""
     for layer in pool.layers(_REMOVE_LABEL):
         with suppress(ThinpoolError):  # somebody else sweeps too, or it is still being taken down
-            _sweep_layer(layer)
+            owner = layer.labels.get(_REMOVE_LABEL, "")
+            pid = owner.partition(":")[0]
+            if not pid.isdigit() or _process_identity(int(pid)) != owner:
+                with suppress(LayerBusy, ContainerNotFound):
+                    pool.containers.remove(layer.name)
 
 
-def _sweep_layer(layer: LayerAPI) -> None:
-    owner = layer.labels.get(_REMOVE_LABEL)
-    if owner is None:
-        return
-    pid = owner.partition(":")[0]
-    if not pid.isdigit() or _process_identity(int(pid)) != owner:
-        with suppress(LayerBusy):
-            layer.delete()
-
-
-def spawn(root: Path, command: Sequence[str], *, hostname: str, environment: Mapping[str, str]) -> int:
+def spawn(root: Path, command: Sequence[str], *, hostname: str, environment: Mapping[str, str], user: str = "", workdir: str = "/", prefix: str = "") -> int:
     """Runs the command with ``root`` (a mount point) as its root directory, in new mount, PID, UTS and IPC namespaces.
 
     Standard input, output and error and the terminal are passed on, and signals that would end this process are forwarded; it returns
-    when the command has ended and nothing of the container runs any more.
+    when the command has ended and nothing of the container runs any more. ``prefix``: what comes before each line of output, which then
+    all goes to standard output, and there is no input.
     """
     hostname = hostname.rsplit("/", 1)[-1].replace(":", "-")[:63]
-    arguments = [sys.executable, "-I", "-S", str(_INIT), str(os.getpid()), str(root), hostname, *command]
+    arguments = [sys.executable, "-I", "-S", str(_INIT), str(os.getpid()), str(root), hostname, user, workdir, *command]
+    if prefix:
+        with subprocess.Popen(arguments, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                sys.stdout.buffer.write(prefix.encode() + line)
+                sys.stdout.buffer.flush()
+            status = process.wait()
+        return 128 - status if status < 0 else status
     process = subprocess.Popen(arguments, env=dict(environment), close_fds=True)
     with _Signals(process):
         status = process.wait()

@@ -227,12 +227,13 @@ class Ext4:
         """Bytes of an inode in its table."""
         return int(lib.e4_inode_size(self._fs))
 
-    def inode_tables(self) -> Iterator[tuple[int, int, int]]:
+    def inode_tables(self) -> list[tuple[int, int, int]]:
         """(number of the first inode, offset, length) of each inode table, in bytes."""
-        each, found = lib.e4_inodes_per_group(self._fs), ffi.new("e4_range *")
+        each, found, tables = lib.e4_inodes_per_group(self._fs), ffi.new("e4_range *"), []
         for group in range(lib.e4_groups(self._fs)):
             self._check(lib.e4_inode_table(self._fs, group, found))
-            yield group * each + 1, found.offset, found.length
+            tables.append((group * each + 1, found.offset, found.length))
+        return tables
 
     def metadata_ranges(self) -> list[tuple[int, int]]:
         """(offset, length) of what belongs to the file system itself: superblocks, descriptors, bitmaps, inode tables."""

@@ -195,14 +195,12 @@ class Importer:
                 try:
                     with closing(self._source.open_blob(archive, before)) as stream:
                         copy(stream, blob.write, self._stopped)
-                    if blob.filled < archive.size:
-                        raise ConnectionError(f"the transfer of {archive.digest} ended after {blob.filled} of {archive.size} bytes")
                     return blob.finish()
                 except (RegistryError, ConnectionError, TimeoutError) as error:
                     failures = 1 if blob.filled > before else failures + 1
                     lasting = isinstance(error, RegistryError) and 400 <= error.status < 500 and error.status not in (408, 429)
                     if failures >= _TRIES or lasting or self._stopped.wait(0.1 * 2**failures):
-                        raise
+                        raise error if isinstance(error, RegistryError) else RegistryError(f"cannot get {archive.digest}: {error}") from error
         except BaseException as error:
             blob.fail(error)
             raise

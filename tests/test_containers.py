@@ -1,0 +1,181 @@
+"""Containers: made in no time, each its own, gone without a trace; what they change, and what is copied in and out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import needs_root, needs_tool
+from imageworld import umoci_image
+
+import thinpool
+from thinpool.containers.run import run_container, start_container
+
+pytestmark = [needs_tool("umoci", "busybox"), needs_root()]
+
+
+@pytest.fixture(scope="session")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return umoci_image(tmp_path_factory.mktemp("images"), 2)
+
+
+@pytest.fixture
+def loaded(pool: thinpool.Pool, layout: Path) -> thinpool.Pool:
+    pool.images.load(layout, "test:1")
+    return pool
+
+
+def test_two_hundred_at_once(loaded: thinpool.Pool, tmp_path: Path) -> None:
+    loaded.reclaim()
+    before = loaded.usage().allocated
+    for number in range(200):
+        container = loaded.containers.create("test:1", name=f"c{number}")
+        assert container.usage.exclusive == 0
+    file = tmp_path / "file"
+    for number in range(200):
+        file.write_text(str(number))
+        loaded.containers.copy_in(file, f"c{number}", "/etc/mine")
+    for number in range(200):
+        loaded.containers.copy_out(f"c{number}", "/etc/mine", tmp_path / "out")
+        assert (tmp_path / "out").read_text() == str(number)
+        assert loaded.layer(f"c{number}").usage().exclusive < 1 << 20
+    for container in loaded.containers.list():
+        loaded.containers.remove(container.name)
+    loaded.reclaim()
+    assert loaded.usage().allocated == before and loaded.containers.list() == []
+    assert len(loaded.images.get("test:1").layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "script", "expected"),
+    [
+        ({}, "echo $GREETING $HOME; pwd; id -u", "hello /root\n/work\n0\n"),
+        ({"user": "app"}, "id; echo $HOME", "uid=1000(app) gid=1001(app) groups=1001(app),1002(extra)\n/home/app\n"),
+        ({"user": "77:88", "workdir": "/data"}, "id -u; id -g; pwd", "77\n88\n/data\n"),
+        ({"environment": {"GREETING": "bye"}, "hostname": "box"}, "echo $GREETING; hostname", "bye\nbox\n"),
+    ],
+)  # fmt: skip
+def test_a_run_honours_the_image_and_what_is_said_instead(
+    loaded: thinpool.Pool, settings: dict[str, object], script: str, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run_container(loaded, "test:1", ["/bin/busybox", "sh", "-c", f"PATH=/bin; alias hostname='busybox hostname'\n{script}"], remove=True, **settings) == 0
+    )  # type: ignore[arg-type]
+    assert capfd.readouterr().out == expected
+
+
+def test_entrypoint_and_default_command(loaded: thinpool.Pool, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_container(loaded, "test:1", ["made", "so"], entrypoint="/bin/echo", remove=True) == 0
+    assert capfd.readouterr().out == "made so\n"
+    assert loaded.containers.create("test:1", name="c").command == ("sh",)
+    assert loaded.containers.create("test:1", name="d", command=["/bin/echo", "mine"]).command == ("/bin/echo", "mine")
+    assert start_container(loaded, "d") == 0 and capfd.readouterr().out == "mine\n"
+    assert run_container(loaded, "test:1", ["/bin/echo"], user="nobody-here", remove=True) == 126
+
+
+def test_copies_run_at_once(loaded: thinpool.Pool) -> None:
+    before = [layer.name for layer in loaded.layers()]
+    script = f"""
+import sys, thinpool
+from thinpool.containers.run import run_container
+with thinpool.connect({str(loaded.path)!r}) as pool:
+    sys.exit(run_container(pool, "test:1", ["sh", "-c", "echo $THINPOOL_COPY > /etc/mine; cat /etc/mine; test $THINPOOL_COPY != 3"], name="t", remove=True, copies=4))
+"""
+    loaded.close()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"t-{number} | {number}" for number in range(1, 5)]
+    with thinpool.Pool.open(loaded.path) as pool:
+        assert [layer.name for layer in pool.layers()] == before
+
+
+def test_diff_commit_and_reset_while_it_is_mounted(loaded: thinpool.Pool, tmp_path: Path) -> None:
+    loaded.containers.create("test:1", name="c")
+    mountpoint = tmp_path / "mounted"
+    mountpoint.mkdir()
+    layer = loaded.layer("c")
+    layer.mount(mountpoint)
+    try:
+        (mountpoint / "new").write_text("new")
+        (mountpoint / "etc/passwd").unlink()
+        (mountpoint / "etc/group").chmod(0o600)
+        assert [(one.kind, one.path) for one in loaded.containers.diff("c")] == [
+            ("C", "/etc"), ("C", "/etc/group"), ("D", "/etc/passwd"), ("A", "/new")
+        ]  # fmt: skip
+        image = loaded.images.commit("c", "changed:1", message="why", author="who")
+        with pytest.raises(thinpool.LayerBusy):
+            loaded.containers.reset("c")
+        with pytest.raises(thinpool.LayerBusy):
+            loaded.containers.remove("c")
+    finally:
+        layer.unmount()
+    assert image.layers[:2] == loaded.images.get("test:1").layers and len(image.layers) == 3
+    assert loaded.images.history("changed:1")[-1].comment == "why"
+    loaded.containers.copy_out("changed:1", "/etc", tmp_path / "etc")
+    assert {path.name for path in (tmp_path / "etc").iterdir()} == {"group"}
+    started = time.monotonic()
+    loaded.containers.reset("c")
+    assert loaded.containers.diff("c") == [] and time.monotonic() > started
+
+
+def test_copying_leads_nowhere_else(loaded: thinpool.Pool, tmp_path: Path) -> None:
+    loaded.containers.create("test:1", name="c")
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub/file").write_bytes(b"x" * 100_000)
+    (tree / "out").symlink_to("/etc/passwd")
+    (tree / "up").symlink_to("../../../../../etc/hostname")
+    loaded.containers.copy_in(tree, "c", "/data")
+    loaded.containers.copy_out("c", "/data/tree", tmp_path / "back")
+    assert (tmp_path / "back/sub/file").read_bytes() == b"x" * 100_000
+    assert os.readlink(tmp_path / "back/out") == "/etc/passwd"
+    loaded.containers.copy_out("c", "/data/tree/out", tmp_path / "passwd")  # the container's
+    assert "app:x:1000" in (tmp_path / "passwd").read_text()
+    with pytest.raises(thinpool.ImportFailed, match="link"):
+        loaded.containers.copy_in(tree / "sub/file", "c", "/data/tree/out/below")
+    for path in ("/data/../../x", "/no/such/place"):
+        with pytest.raises(thinpool.ImportFailed):
+            loaded.containers.copy_in(tree / "sub/file", "c", path)
+    with pytest.raises(thinpool.ImportFailed, match="there is no"):
+        loaded.containers.copy_out("c", "/data/tree/up", tmp_path / "nope")
+    with pytest.raises(thinpool.ContainerNotFound):
+        loaded.containers.get("nope")
+
+
+def test_removing_by_force_kills(loaded: thinpool.Pool) -> None:
+    path = loaded.path
+    loaded.close()
+    script = f"""
+import sys, thinpool
+from thinpool.containers.run import run_container
+with thinpool.connect({str(path)!r}, server=True) as pool:
+    run_container(pool, "test:1", ["sh", "-c", "echo up; sleep 1000; busybox sleep 1000"], name="c")
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        with thinpool.connect(path) as pool:
+            with pytest.raises(thinpool.LayerBusy):
+                pool.containers.remove("c")
+            pool.containers.remove("c", force=True)
+            assert pool.containers.list() == []
+    assert process.returncode == -9
+
+
+def test_grown(loaded: thinpool.Pool, tmp_path: Path) -> None:
+    assert loaded.containers.create("test:1", name="c", size="12G").usage.virtual == 12 << 30
+    mountpoint = tmp_path / "mounted"
+    mountpoint.mkdir()
+    loaded.layer("c").mount(mountpoint)
+    free = os.statvfs(mountpoint)
+    loaded.layer("c").unmount()
+    assert free.f_blocks * free.f_frsize > 11 << 30
+    loaded.containers.reset("c")
+    assert loaded.containers.get("c").usage.virtual == 12 << 30
+    with pytest.raises(thinpool.BadSize):
+        loaded.containers.resize("c", "1G")
+    loaded.containers.resize("c", "13G")
+    assert loaded.layer("c").size == 13 << 30

@@ -55,7 +55,7 @@ def test_what_needs_root_says_so(command: UnprivilegedCommand) -> None:
     for code, arguments in (
         (7, ("attach", "a")),
         (7, ("mount", "a", "here")),
-        (7, ("import", "rootfs.tar.gz")),
+        (7, ("import", "rootfs.tar.gz", "--fs", "xfs")),
         (125, ("run", "a", "--", "true")),
     ):
         found, line = command.fails(*arguments)

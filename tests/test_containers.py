@@ -62,9 +62,8 @@ def test_two_hundred_at_once(loaded: thinpool.Pool, tmp_path: Path) -> None:
 def test_a_run_honours_the_image_and_what_is_said_instead(
     loaded: thinpool.Pool, settings: dict[str, object], script: str, expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        run_container(loaded, "test:1", ["/bin/busybox", "sh", "-c", f"PATH=/bin; alias hostname='busybox hostname'\n{script}"], remove=True, **settings) == 0
-    )  # type: ignore[arg-type]
+    command = ["/bin/busybox", "sh", "-c", f"PATH=/bin\nalias hostname='busybox hostname'\n{script}"]
+    assert run_container(loaded, "test:1", command, remove=True, **settings) == 0  # type: ignore[arg-type]
     assert capfd.readouterr().out == expected
 
 
@@ -83,7 +82,8 @@ def test_copies_run_at_once(loaded: thinpool.Pool) -> None:
 import sys, thinpool
 from thinpool.containers.run import run_container
 with thinpool.connect({str(loaded.path)!r}) as pool:
-    sys.exit(run_container(pool, "test:1", ["sh", "-c", "echo $THINPOOL_COPY > /etc/mine; cat /etc/mine; test $THINPOOL_COPY != 3"], name="t", remove=True, copies=4))
+    command = ["sh", "-c", "echo $THINPOOL_COPY > /etc/mine; cat /etc/mine; test $THINPOOL_COPY != 3"]
+    sys.exit(run_container(pool, "test:1", command, name="t", remove=True, copies=4))
 """
     loaded.close()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -80,13 +79,17 @@ def test_no_room_in_the_file_system(pool: thinpool.Pool, tmp_path: Path) -> None
 def test_killed_import_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
     tar = rootfs(tmp_path / "a.tar", 64 << 20)
     thinpool.Pool.create(pool_path).close()
-    code = "import sys, thinpool; thinpool.Pool.open(sys.argv[1]).import_rootfs(sys.argv[2], 'base', size='320M')"
-    process = subprocess.Popen([sys.executable, "-c", code, pool_path, tar])
-    deadline = time.monotonic() + 20
-    while not list(pool_path.glob("run/import-*/etc")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=20)
+    code = """
+import sys, thinpool
+def progress(done, total):
+    if done > 32 << 20:
+        print("half of it", flush=True)
+        sys.stdin.read()
+thinpool.Pool.open(sys.argv[1]).import_rootfs(sys.argv[2], "base", size="320M", progress=progress)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, pool_path, tar], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"half of it\n"
+        process.send_signal(signal.SIGKILL)
     with thinpool.Pool.open(pool_path) as pool:
         assert {layer.name for layer in pool.layers()} <= {f"thinpool/blank/ext4/{320 << 20}"}
         pool.reclaim()

@@ -194,11 +194,11 @@ def leaves(stored: Stored, root: int) -> Iterable[int]:
         yield from leaves(stored, entry)
 
 
-def exclusive_chunks(stored: Stored, layer_id: int) -> int:
-    """How many chunks deleting the layer would free: by counting without it."""
+def exclusive_chunks(stored: Stored, *layer_ids: int) -> int:
+    """How many chunks deleting the layers would free: by counting without them."""
 
-    def counted(skip: int | None) -> set[int]:
-        roots = [layer["root"] for number, layer in stored.maps.items() if number != skip] + stored.queue
+    def counted(*skipped: int) -> set[int]:
+        roots = [layer["root"] for number, layer in stored.maps.items() if number not in skipped] + stored.queue
         seen: set[int] = set()
         chunks: set[int] = set()
         while roots:
@@ -213,7 +213,7 @@ def exclusive_chunks(stored: Stored, layer_id: int) -> int:
                 roots += entries
         return chunks
 
-    return len(counted(None)) - len(counted(layer_id))
+    return len(counted()) - len(counted(*layer_ids))
 
 
 def _differences(counted: Counter[int], stored: dict[int, int]) -> str:

@@ -348,6 +348,9 @@ class Model(RuleBasedStateMachine):
             usage, mapped = layer.usage(), stored.maps[layer.id]["mapped_refs"] * self.pool.chunk_size
             exclusive = invariants.exclusive_chunks(stored, layer.id) * self.pool.chunk_size
             assert (usage.virtual, usage.mapped, usage.exclusive, usage.shared) == (layer.size, mapped, exclusive, mapped - exclusive)
+        for some in (self.pool.layers()[::2], self.pool.layers()[-3:], self.pool.layers()):
+            found = self.pool.engine.exclusive_chunks([layer.handle for layer in some])
+            assert found == invariants.exclusive_chunks(stored, *(layer.id for layer in some))
         assert self.pool.usage().layers == len(self.layers)
         assert self.pool.usage().allocated == stored.state.get("allocated", 0) * self.pool.chunk_size
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import needs_root, needs_tool
 from filetrees import described, umoci_unpack
-from thinpool.filesystems.ext4 import Ext4
 
 import thinpool
 from thinpool.errors import LayerState
 from thinpool.filesystems.apply import apply_layer
 from thinpool.filesystems.blank import blank_layer
 from thinpool.filesystems.changes import PathChange, changes
+from thinpool.filesystems.ext4 import Ext4
 from thinpool.filesystems.layertar import write_layer
 from thinpool.filesystems.tree import MountedTree
 

@@ -86,10 +86,10 @@ static int drop_entry(struct tp_pool *pool, struct exclusive *x, uint64_t entry)
 }
 
 static int walk_node(struct tp_pool *pool, struct exclusive *x, uint64_t id) {
-  uint64_t count;
+  struct page *page;
   struct node *node;
-  int rc = load_count(pool, TP_NODE_PAGE, id, &count);
-  if (rc != TP_OK || count == 0) return rc;
+  int rc = page_get(pool, TP_NODE_PAGE, id / PAGE_VALUES, &page);
+  if (rc != TP_OK || page->value[id % PAGE_VALUES] == 0) return rc; /* gone since it was tallied */
   if ((rc = node_get(pool, id, &node)) != TP_OK) return rc;
   if ((rc = node_load_counts(pool, node)) != TP_OK) return rc;
   for (unsigned i = 0; rc == TP_OK && i < FANOUT; i++)

@@ -28,7 +28,7 @@ except ImportError:  # built without libext2fs
     ffi = lib = None
 
 CHUNK_BLOCKS = 16
-ALIGN_LARGE_BLOCKS = 8
+ALIGN_LARGE_BLOCKS = 16
 """Files of at least so many blocks begin at a chunk's begin (measured: docs/DESIGN.md, "Images")."""
 
 _ENTRY = struct.Struct("=III")

@@ -11,7 +11,7 @@ import stat
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from conftest import needs_root, needs_tool
 from filetrees import Made, described, member, tar_of, umoci_unpack
 
 import thinpool
-from thinpool.errors import ImportFailed
+from thinpool.errors import ImportFailed, OutOfSpace
 from thinpool.filesystems.apply import apply_layer
 from thinpool.filesystems.blank import blank_layer
 from thinpool.filesystems.tree import MountedTree
@@ -54,10 +54,10 @@ class InExt4:
 
     abandons = True
 
-    def __init__(self, pool: thinpool.Pool, directory: Path) -> None:
+    def __init__(self, pool: thinpool.Pool, directory: Path, name: str = "tree") -> None:
         self.directory = directory
         directory.mkdir()
-        self.layer = blank_layer(pool, "ext4", 64 << 20).clone("tree")
+        self.layer = blank_layer(pool, "ext4", 64 << 20).clone(name)
 
     def apply(self, layer: bytes, *, whiteouts: bool = True) -> None:
         ext4, ext4tree = pytest.importorskip("thinpool.filesystems.ext4"), pytest.importorskip("thinpool.filesystems.ext4tree")
@@ -349,7 +349,6 @@ REFUSED: dict[str, list[Made]] = {
     "owner out of range": [member("own", pax={"gid": "4294967295"})],
     "device out of range": [member("own", CHR, devmajor=4096, devminor=0)],
     "size is no number": [member("own", content=b"x", pax={"size": "-1"})],
-    "header without bound": [member("own", tarfile.XHDTYPE, content=bytes((1 << 20) + 512))],
     "sparse file of negative size": [sparse("own", "0\n", realsize=-1)],
     "sparse file with data behind its end": [sparse("own", "1\n4096\n512\n", b"x" * 512, realsize=4096)],
     "sparse file with data before its start": [sparse("own", "1\n-512\n512\n", b"x" * 512)],
@@ -398,13 +397,24 @@ def test_the_stream_is_read_to_its_end(target: Any) -> None:
     assert stream.tell() == len(stream.getvalue())
 
 
+def oversized(name: str, type: bytes, size: int) -> bytes:
+    """A header that says, in base 256, so many bytes."""
+    header = bytearray(member(name, type)[0].tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
+    return bytes(header)
+
+
 @pytest.mark.parametrize("type", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, DIR])
 def test_sizes_below_zero_are_damage(target: Any, type: bytes) -> None:
-    header = bytearray(member("a", type)[0].tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = tarfile.itn(-512, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
-    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
-    with pytest.raises(ImportFailed, match="damaged"):
-        target.apply(tar_of([member("first")])[:512] + bytes(header) + bytes(10240))
+    with pytest.raises(ImportFailed, match="negative size"):
+        target.apply(tar_of([member("first")])[:512] + oversized("a", type, -512) + bytes(10240))
+
+
+@pytest.mark.parametrize("type", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_headers_without_bound_are_damage(target: Any, type: bytes) -> None:
+    with pytest.raises(ImportFailed, match="one of 1099511627776 bytes"):
+        target.apply(oversized("a", type, 1 << 40) + bytes(10240))
 
 
 def test_headers_within_headers_without_end_are_damage(target: Any) -> None:
@@ -424,6 +434,28 @@ def test_outside_of_layers_whiteouts_are_ordinary_names(target: Any) -> None:
     assert names(target) == {"", "a", ".wh.a", "d", "d/in", "d/.wh..wh..opq", ".wh..wh.aufs"}
     with pytest.raises(ImportFailed, match="'d' would replace a directory that is not empty"):
         target.apply(tar_of([member("d")]), whiteouts=False)
+
+
+@pytest.mark.parametrize("seconds", [-(10**12), -(2**31) - 1, 2**34, 10**12])
+def test_times_that_the_file_system_cannot_hold_become_the_nearest(tmp_path: Path, seconds: int) -> None:
+    """As the kernel does it."""
+    layer = tar_of([member("file", pax={"mtime": f"{seconds}.5"}), member("d", DIR, pax={"mtime": f"{seconds}.5"})])
+    with thinpool.Pool.create(tmp_path / "pool") as pool:
+        trees = InExt4(pool, tmp_path / "mounted"), InExt4(pool, tmp_path / "kernel", "kernel")
+        trees[0].apply(layer)
+        trees[1].layer.mount(trees[1].directory)
+        try:
+            with MountedTree(trees[1].directory) as tree:
+                apply_layer(io.BytesIO(layer), tree, whiteouts=True)
+        finally:
+            trees[1].layer.unmount()
+        found, expected = (tree_of(tree) for tree in trees)
+        assert [found[path]["mtime"] for path in ("file", "d")] == [expected[path]["mtime"] for path in ("file", "d")]
+
+
+def test_no_room_is_told_with_the_member(target: Any) -> None:
+    with pytest.raises(OutOfSpace, match="no room for large") if target.abandons else nullcontext():
+        target.apply(tar_of([member("small", content=b"x"), member("large", content=bytes(range(256)) * (80 << 12))]))
 
 
 def test_xattrs_as_libarchive_writes_them(target: Any) -> None:

@@ -19,7 +19,8 @@ import tarfile
 from typing import Any, cast
 
 from ..errors import ImportFailed, OutOfSpace, ThinpoolError
-from .tarstream import Member, Readable, TarStream
+from .compression import Readable
+from .tarstream import Member, TarStream
 from .tree import Attributes, FileTree, Path
 
 _WHITEOUT = ".wh."

@@ -14,25 +14,21 @@ import re
 import stat
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, Protocol, cast
+from typing import BinaryIO, cast
 from urllib.parse import unquote
 
 from ..errors import ImportFailed
+from .compression import Readable
 from .tree import Attributes
 
 PIECE_BYTES = 1 << 20
 _HEADER_BYTES_MAX = 1 << 20  # of a PAX header or a long name; Go's archive/tar, and with it Docker, reads no longer ones
 _NUMBER = re.compile(r"[0-9]{1,20}")
-_TIME = re.compile(r"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
+_TIME = re.compile(r"(-?)([0-9]{1,18})(?:\.([0-9]*))?")
+_TIME_MIN_NS, _TIME_MAX_NS = -(2**31) * 10**9, (2**34 - 2**31 - 1) * 10**9  # what ext4 holds (until 2446)
 _LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _KINDS = {tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK, tarfile.CHRTYPE: stat.S_IFCHR}
 _KINDS |= {tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO, **dict.fromkeys(tarfile.REGULAR_TYPES, stat.S_IFREG)}
-
-
-class Readable(Protocol):
-    """A stream: ``read`` returns at least a byte, unless at the end."""
-
-    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class Member(tarfile.TarInfo):
@@ -88,15 +84,14 @@ class Member(tarfile.TarInfo):
         kind = self.kind or stat.S_IFREG
         if not (0 <= self.uid < 0xFFFFFFFF and 0 <= self.gid < 0xFFFFFFFF):
             raise ImportFailed(f"{self.name!r} has an owner that is out of range: {self.uid}:{self.gid}")
-        if self.size < 0:
-            raise ImportFailed(f"{self.name!r} has a negative size")
         device = 0
         if kind in (stat.S_IFCHR, stat.S_IFBLK):
             if not (0 <= self.devmajor < 1 << 12 and 0 <= self.devminor < 1 << 20):
                 raise ImportFailed(f"{self.name!r} is a device that is out of range: {self.devmajor}:{self.devminor}")
             device = os.makedev(self.devmajor, self.devminor)
+        mtime_ns = min(max(self._mtime_ns(), _TIME_MIN_NS), _TIME_MAX_NS)  # the nearest, as the kernel does it
         mode = 0o777 if kind == stat.S_IFLNK else stat.S_IMODE(self.mode)
-        return Attributes(mode=kind | mode, uid=self.uid, gid=self.gid, mtime_ns=self._mtime_ns(), rdev=device)
+        return Attributes(mode=kind | mode, uid=self.uid, gid=self.gid, mtime_ns=mtime_ns, rdev=device)
 
     def _mtime_ns(self) -> int:
         text = self.pax_headers.get("mtime")

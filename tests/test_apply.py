@@ -411,6 +411,14 @@ def test_sizes_below_zero_are_damage(target: Any, type: bytes) -> None:
         target.apply(tar_of([member("first")])[:512] + oversized("a", type, -512) + bytes(10240))
 
 
+def test_times_of_access_in_gnu_headers_are_no_part_of_the_name(target: Any) -> None:
+    header = bytearray(member("file")[0].tobuf(tarfile.GNU_FORMAT))
+    header[345:369] = b"14263456701\0" * 2
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
+    target.apply(bytes(header) + bytes(1024))
+    assert names(target) == {"", "file"}
+
+
 @pytest.mark.parametrize("type", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
 def test_headers_without_bound_are_damage(target: Any, type: bytes) -> None:
     with pytest.raises(ImportFailed, match="one of 1099511627776 bytes"):

@@ -181,6 +181,7 @@ def cp(ctx: typer.Context, source: Place, destination: Destination, pool: option
         if isinstance(taken, tuple) and isinstance(given, Path):
             p.containers.copy_out(*taken, given)
         elif isinstance(taken, Path) and isinstance(given, tuple):
+            taken.lstat()
             p.containers.copy_in(taken, *given)
         else:
             raise BadName("of SOURCE and DEST one must be NAME:/PATH, in a container, and the other a path here")
@@ -215,7 +216,8 @@ def inspect(ctx: typer.Context, containers: Containers, pool: options.Pool = Non
 
 def _container_json(container: Container) -> dict[str, Any]:
     fields = asdict(container)
-    return {**fields, **fields.pop("usage")}
+    usage = fields.pop("usage")
+    return {**fields, **usage}
 
 
 def _place(given: str) -> tuple[str, str] | Path:

@@ -34,6 +34,7 @@ def load(
     pool: options.Pool = None,
 ) -> None:
     """Take in an image from a file or a directory."""
+    file.stat()
     with opened(ctx, pool) as p, progress_bar(f"loading {file.name}") as progress:
         image = p.images.load(file, tag, platform=platform, size=size, progress=progress)
     names = image.references if tag is None else (tag,)
@@ -86,7 +87,7 @@ def images(ctx: typer.Context, no_trunc: options.NoTrunc = False, as_json: optio
     """List the images, the newest first.
 
     JSON: an array of id, references (an array of full names), digest (of the manifest, or null), platform, created (seconds since
-    1970), layers (an array of layers' names, base first), virtual, mapped, shared, exclusive, blobs (kept archives of its layers).
+    1970), layers (an array of layers' names, base first), blobs (kept archives of its layers), virtual, mapped, exclusive, shared.
     """
     with opened(ctx, pool) as p:
         found = p.images.list()
@@ -197,7 +198,8 @@ def _inspected(pool: PoolAPI, name: str) -> dict[str, Any]:
 
 def _image_json(image: Image) -> dict[str, Any]:
     fields = asdict(image)
-    return {**fields, **fields.pop("usage"), "blobs": fields.pop("blobs")}
+    usage = fields.pop("usage")
+    return {**fields, **usage}
 
 
 def _print_removed(removed: Removed) -> None:

@@ -18,7 +18,7 @@ from . import options
 from .exits import NOT_RUN, is_expected
 from .images import container_json
 from .options import opened, parse_labels
-from .show import format_time, print_json, print_table, short_id
+from .show import format_time, print_json, print_table, short_id, shortened
 
 app = typer.Typer(name="container", help="Containers: thin writable layers on images.", no_args_is_help=True)
 
@@ -29,6 +29,7 @@ NewName = Annotated[str | None, typer.Option("--name", help="Its name, and its l
 LayerSize = Annotated[str | None, typer.Option("--size", help="A larger size for it.", show_default=False)]
 Place = Annotated[str, typer.Argument(metavar="SOURCE", help="A path here, or NAME:/PATH in a container.", show_default=False)]
 Destination = Annotated[str, typer.Argument(metavar="DEST", help="The same; one of the two is here.", show_default=False)]
+_COMMAND_LENGTH = 24
 
 
 class WithCommand(TyperCommand):
@@ -79,7 +80,8 @@ def ls(ctx: typer.Context, no_trunc: options.NoTrunc = False, as_json: options.A
     for one in found:
         status = "running" if one.running else "created"
         sizes = map(format_size, (one.usage.virtual, one.usage.exclusive, one.usage.shared))
-        rows.append([one.name, short_id(one.image, whole=no_trunc), " ".join(one.command), format_time(one.created), status, *sizes])
+        command = shortened(" ".join(one.command), _COMMAND_LENGTH, whole=no_trunc)
+        rows.append([one.name, short_id(one.image, whole=no_trunc), command, format_time(one.created), status, *sizes])
     print_table(["NAME", "IMAGE", "COMMAND", "CREATED", "STATUS", ">VIRTUAL", ">EXCLUSIVE", ">SHARED"], rows)
 
 

@@ -14,7 +14,7 @@ from ..errors import ContainerNotFound, ImageNotFound
 from ..units import format_size
 from . import options
 from .options import opened
-from .show import NONE, familiar_name, format_time, print_json, print_table, progress_bar, short_id
+from .show import NONE, familiar_name, format_time, print_json, print_table, progress_bar, short_id, shortened
 
 Reference = Annotated[str, typer.Argument(metavar="IMAGE", help="An image's name, or the beginning of its id.", show_default=False)]
 References = Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Images' names, or the beginnings of their ids.", show_default=False)]
@@ -115,9 +115,7 @@ def history(ctx: typer.Context, reference: Reference, no_trunc: options.NoTrunc 
         return
     rows = []
     for step in steps:
-        made_by = " ".join(step.created_by.split())
-        if not no_trunc and len(made_by) > _CREATED_BY_LENGTH:
-            made_by = made_by[: _CREATED_BY_LENGTH - 1] + "…"
+        made_by = shortened(step.created_by, _CREATED_BY_LENGTH, whole=no_trunc)
         rows.append([format_time(step.created), made_by, *map(format_size, (step.size, step.shared, step.exclusive)), step.comment])
     print_table(["CREATED", "CREATED BY", ">SIZE", ">SHARED", ">EXCLUSIVE", "COMMENT"], rows)
 

@@ -23,6 +23,12 @@ def short_id(name: str, *, whole: bool = False) -> str:
     return name if found is None else found[1]
 
 
+def shortened(text: str, length: int, *, whole: bool = False) -> str:
+    """A command on one line, cut to a column's width."""
+    line = " ".join(text.split())
+    return line if whole or len(line) <= length else line[: length - 1] + "…"
+
+
 def familiar_name(name: str) -> str:
     """An image's name as people write it: without Docker Hub's host."""
     from ..images.reference import Reference

@@ -176,19 +176,20 @@ def test_closing_takes_everything_down(pool: thinpool.Pool) -> None:
 # The load comes from a process of its own, which dies with its parent: one that is killed while it waits for files that it
 # serves itself cannot end before its guard has seen to that.
 WRITER = """
-import ctypes, signal, sys
+import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 with open(sys.argv[1], "wb", buffering=0) as file:
-    while True:
+    print("writing", flush=True)
+    while os.getppid() == int(sys.argv[2]):  # else it ended before the call above
         file.write(bytes(1 << 20))
         file.seek(0)
 """
 VICTIM = f"""
-import subprocess, sys, time, thinpool
+import os, subprocess, sys, thinpool
 pool = thinpool.Pool.open(sys.argv[1])
 print(pool.layer("disk").attach().device, flush=True)
 print(pool.layer("files").mount(sys.argv[2]).mountpoint, flush=True)
-subprocess.Popen([sys.executable, "-c", {WRITER!r}, sys.argv[2] + "/file"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait()
+subprocess.Popen([sys.executable, "-c", {WRITER!r}, sys.argv[2] + "/file", str(os.getpid())], stderr=subprocess.DEVNULL).wait()
 """
 
 
@@ -207,6 +208,7 @@ def test_a_killed_process_leaves_nothing(pool_path: Path, tmp_path: Path, guard_
     assert victim.stdout.readline().startswith("/dev/loop")
     assert victim.stdout.readline().strip() == str(directory)
     guards = Path(f"/proc/{victim.pid}/task/{victim.pid}/children").read_text().split()
+    assert victim.stdout.readline() == "writing\n"
     if guard_too:
         for guard in guards:
             os.kill(int(guard), signal.SIGKILL)

@@ -134,7 +134,7 @@ int layer_check(const tp_layer *layer, bool writing) {
   return TP_OK;
 }
 
-static int check_change(const tp_pool *pool) {
+int pool_check_change(const tp_pool *pool) {
   if (pool->closed || pool->stopped) return tp_error_set(TP_ECLOSED);
   if (pool->options.read_only) return tp_error_set(TP_EREADONLY);
   if (pool->failed) return tp_error_set(TP_EFAILED);
@@ -144,7 +144,7 @@ static int check_change(const tp_pool *pool) {
 int tp_layer_create(tp_pool *pool, uint64_t id, uint64_t size, tp_layer **out) {
   if (size == 0 || size > SIZE_MAX_BYTES || id == 0) return tp_error_set(TP_EINVAL);
   pthread_mutex_lock(&pool->mutex);
-  int rc = check_change(pool);
+  int rc = pool_check_change(pool);
   if (rc == TP_OK) {
     tp_layer *layer = layer_alloc(pool, id);
     layer->size = layer->durable_size = size;
@@ -173,7 +173,7 @@ int tp_layer_branch(tp_layer *source, uint64_t id, uint64_t size, int sealed, tp
   int rc = layer_check(source, false);
   if (rc == TP_OK && (size < source->size || size > SIZE_MAX_BYTES || id == 0)) rc = tp_error_set(TP_EINVAL);
   pthread_mutex_lock(&pool->mutex);
-  if (rc == TP_OK) rc = check_change(pool);
+  if (rc == TP_OK) rc = pool_check_change(pool);
   if (rc == TP_OK) rc = load_root_count(source);
   if (rc == TP_OK) {
     tp_layer *layer = layer_alloc(pool, id);
@@ -283,7 +283,7 @@ int tp_layer_delete(tp_layer *layer) {
   pthread_rwlock_wrlock(&layer->lock);
   int rc = layer_check(layer, false);
   pthread_mutex_lock(&pool->mutex);
-  if (rc == TP_OK) rc = check_change(pool);
+  if (rc == TP_OK) rc = pool_check_change(pool);
   if (rc == TP_OK) rc = load_root_count(layer);
   if (rc == TP_OK) {
     layer_drop_slots(layer);

@@ -211,6 +211,30 @@ int map_cut_leaf(tp_layer *layer, uint64_t leaf_index) {
   return TP_OK;
 }
 
+int map_share_leaf(tp_layer *layer, uint64_t leaf_index, struct node *leaf) {
+  struct tp_pool *pool = layer->pool;
+  struct node *old, *parent;
+  uint64_t ignored, *place = &layer->root;
+  bool mine;
+  int rc = map_find(layer, leaf_index, &old);
+  if (rc == TP_OK && layer->height > 1) {
+    rc = map_own(layer, leaf_index, 1, &parent, &mine);
+    place = &parent->entry[digit(leaf_index, 1)];
+  }
+  if (rc == TP_OK) rc = load_count(pool, TP_NODE_PAGE, old->rec.key, &ignored);
+  if (rc == TP_OK) rc = load_count(pool, TP_NODE_PAGE, leaf->rec.key, &ignored);
+  if (rc != TP_OK) return rc;
+  assert(old->level == 0 && leaf->level == 0 && *place == old->rec.key);
+  record_touch(pool, layer->height > 1 ? &parent->rec : &layer->rec);
+  record_touch(pool, &layer->rec);
+  layer->mapped_refs += leaf_refs(pool, leaf) - leaf_refs(pool, old);
+  count_up(pool, TP_NODE_PAGE, leaf->rec.key);
+  node_drop(pool, old->rec.key);
+  *place = leaf->rec.key;
+  set_slot(layer, leaf_index, leaf);
+  return TP_OK;
+}
+
 int map_next_leaf(tp_layer *layer, uint64_t from, uint64_t *leaf_index) {
   *leaf_index = UINT64_MAX;
   while (covers(layer->height, from)) {

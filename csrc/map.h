@@ -29,6 +29,9 @@ void map_set_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t entr
 /* Unmaps the whole leaf, without copying it if it is shared; and nodes above that become empty. */
 int map_cut_leaf(tp_layer *layer, uint64_t leaf_index);
 
+/* Puts another layer's leaf, which the two share from then on, in the place of the one that is there. */
+int map_share_leaf(tp_layer *layer, uint64_t leaf_index, struct node *leaf);
+
 /* Next leaf index >= from whose leaf exists; UINT64_MAX: none. */
 int map_next_leaf(tp_layer *layer, uint64_t from, uint64_t *leaf_index);
 

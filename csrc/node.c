@@ -46,6 +46,16 @@ void entry_release(struct tp_pool *pool, uint64_t entry) {
   if (entry_is_split(entry)) free(entry_split(entry));
 }
 
+uint64_t entry_copy(struct tp_pool *pool, uint64_t entry) {
+  uint64_t chunks[pool->blocks];
+  unsigned count = entry_chunks(pool, entry, chunks);
+  for (unsigned k = 0; k < count; k++) count_up(pool, TP_CHUNK_PAGE, chunks[k]);
+  if (!entry_is_split(entry)) return entry;
+  struct split *split = tp_alloc(split_bytes(pool));
+  memcpy(split, entry_split(entry), split_bytes(pool));
+  return split_entry(split);
+}
+
 /* --- nodes --- */
 
 void node_free(struct node *node) {
@@ -176,19 +186,8 @@ int node_copy(struct tp_pool *pool, struct node *src, struct node **out) {
   for (unsigned i = 0; i < FANOUT; i++) {
     uint64_t entry = src->entry[i];
     if (entry == 0) continue;
-    copy->entry[i] = entry;
-    if (src->level > 0) {
-      count_up(pool, TP_NODE_PAGE, entry);
-      continue;
-    }
-    uint64_t chunks[pool->blocks];
-    unsigned count = entry_chunks(pool, entry, chunks);
-    for (unsigned k = 0; k < count; k++) count_up(pool, TP_CHUNK_PAGE, chunks[k]);
-    if (entry_is_split(entry)) {
-      struct split *split = tp_alloc(split_bytes(pool));
-      memcpy(split, entry_split(entry), split_bytes(pool));
-      copy->entry[i] = split_entry(split);
-    }
+    if (src->level > 0) count_up(pool, TP_NODE_PAGE, entry);
+    copy->entry[i] = src->level > 0 ? entry : entry_copy(pool, entry);
   }
   uint64_t left = count_down(pool, TP_NODE_PAGE, src->rec.key);
   assert(left > 0); /* only shared nodes are copied */

@@ -47,6 +47,8 @@ unsigned entry_chunks(const struct tp_pool *pool, uint64_t entry, uint64_t *chun
 /* Loads the count pages of all that the node (or the entry) names, so that counts can change without failing. */
 int node_load_counts(struct tp_pool *pool, const struct node *node);
 int entry_load_counts(struct tp_pool *pool, uint64_t entry);
+/* The entry once more: one reference more for each of its chunks, a split is copied. Counts loaded. */
+uint64_t entry_copy(struct tp_pool *pool, uint64_t entry);
 /* One reference less for each chunk of the entry; frees a split. Counts loaded. */
 void entry_release(struct tp_pool *pool, uint64_t entry);
 

@@ -106,5 +106,6 @@ void layer_encode(struct tp_pool *pool, struct tp_layer *layer);
 void layer_release(struct tp_layer *layer); /* its stored record is durable */
 void layer_drop_slots(struct tp_layer *layer); /* mutex held; lock held exclusively, or no handle is left */
 int layer_check(const struct tp_layer *layer, bool writing); /* lock held: TP_OK, or why not */
+int pool_check_change(const struct tp_pool *pool); /* mutex held: TP_OK, or why no map may change */
 
 #endif

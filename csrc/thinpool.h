@@ -164,6 +164,11 @@ int tp_revoke(tp_pool *pool);     /* no layer overwrites in place until it has l
 int tp_equal(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset); /* 1, 0, or an error */
 int64_t tp_chunk_at(tp_layer *layer, uint64_t index); /* chunk number of a whole entry, or -1 */
 
+/* --- layers found to be equal: sealed, of one size and content, byte for byte. Wherever `layer` (a descendant of `from`, or `from`
+ *     itself as the last) names what `from` names in that place, it names what `to` names there from now on: no byte that it reads
+ *     changes. A bounded part from *cursor on; 1: more to do, 0: done --- */
+int tp_layer_rebase(tp_layer *layer, tp_layer *from, tp_layer *to, uint64_t *cursor);
+
 /* --- commit: freeze, (tp_sync), encode until none is left, store, release. One at a time. --- */
 int tp_freeze(tp_pool *pool, uint64_t *txn);  /* returns 1 if there is anything to store */
 /* The next records, back to back: u8 kind, u8 deleted, u16 0, u32 length, u8 key[8] big-endian, value. The

@@ -15,6 +15,7 @@ import invariants
 import pytest
 from crashworld import GARBAGE, World
 
+from thinpool.digests import make_one
 from thinpool.engine import _ffi
 from thinpool.errors import PoolFailed, ThinpoolError
 
@@ -80,7 +81,7 @@ class Workload:
         operations: list[tuple[Callable[[], None], int]] = [
             (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
             (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
-            (self.rename, 1),
+            (self.rename, 1), (self.copy, 2),
         ]  # fmt: skip
         self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
 
@@ -168,6 +169,31 @@ class Workload:
         self.pool.engine.revoke()
         assert handle.equal(data, place * size)
         self.now[target].data[place * size : (place + 1) * size] = data
+
+    def copy(self) -> None:
+        """A sealed copy in chunks of its own, something made from it, and then the two are made one."""
+        sealed = [name for name, content in self.now.items() if content.sealed]
+        if not sealed or len(self.now) > 11:
+            return
+        name, new = self.rng.choice(sealed), self._name()
+        data = bytes(self.now[name].data)
+        self.pool.create_layer(new, len(data))
+        self.now[new] = Content(self._serial, bytearray(len(data)))
+        for extent in self.pool.layer(name).extents():
+            if extent.kind == "data":
+                piece = data[extent.offset : extent.offset + extent.length]
+                self._changing(new, extent.offset, piece)
+                self.pool.layer(new).pwrite(piece, extent.offset)
+                self.now[new].data[extent.offset : extent.offset + extent.length] = piece
+        self.changing = None
+        self.pool.layer(new).seal()
+        self.now[new].sealed = True
+        clone = self._name()
+        self.pool.layer(new).clone(clone)
+        self.now[clone] = Content(self._serial, bytearray(data))
+        for _ in range(self.rng.randrange(3)):
+            self.write()
+        assert make_one(self.pool, self.pool.layer(name), self.pool.layer(new))
 
     def delete(self) -> None:
         if (name := self._pick()) is not None:
@@ -284,6 +310,7 @@ def test_random_cuts(tmp_path: Path, seed: int, crash_cuts: int) -> None:
 SCRIPT = """
 create create write write write flush snapshot write clone write write discard flush delete reclaim flush punch write
 write reset write flush delete reclaim extend write punch flush write clone discard resize seal flush delete reclaim flush
+write snapshot copy flush write delete reclaim flush
 """
 
 

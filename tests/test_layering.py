@@ -19,7 +19,7 @@ RANKS = {
     **dict.fromkeys(("engine", "catalog", "layerfile", "poolfiles"), 2),
     "metadata": 3,
     "commits": 4,
-    "layer": 5,
+    **dict.fromkeys(("layer", "digests"), 5),
     "pool": 6,
     "sharing": 7,
     "exports": 8,

@@ -225,6 +225,31 @@ class Model(RuleBasedStateMachine):
         self.change(name, blocks, lambda: self.pool.layer(name).resize(size, allow_shrink=True))
         content.size = size
 
+    @rule()
+    def digest(self) -> None:
+        """Of all sealed layers; copies that are equal become one."""
+        self.pool.compute_digests()
+        for layer in self.pool.layers():
+            assert ("content" in layer.digests) == layer.sealed
+
+    @precondition(lambda self: 0 < len(self.layers) < 9)
+    @rule(number=PICK, branch=st.booleans())
+    def copy(self, number: int, branch: bool) -> None:
+        """The same content in chunks of its own, and something made from it."""
+        name, new = self.pick(number), self.fresh()
+        content = self.layers[name]
+        self.pool.create_layer(new, content.size)
+        self.layers[new] = Content(self.serial, content.size)
+        for block in sorted(content.blocks):
+            data = content.read(block * BLOCK, min(BLOCK, content.size - block * BLOCK))
+            self.change(new, {block: content.blocks[block]}, lambda data=data, block=block: self.pool.layer(new).pwrite(data, block * BLOCK))
+        self.pool.layer(new).seal()
+        self.layers[new].sealed = True
+        if branch:
+            made = self.fresh()
+            self.pool.layer(new).clone(made)
+            self.layers[made] = Content(self.serial, content.size, dict(self.layers[new].blocks), False, self.layers[new].key, new)
+
     @precondition(lambda self: self.layers)
     @rule(number=PICK, other=PICK)
     def rename(self, number: int, other: int) -> None:

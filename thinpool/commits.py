@@ -32,6 +32,7 @@ class RecordStore(Protocol):
     """What commits need of the metadata store."""
 
     def fetch(self, kind: int, key: int) -> bytes | None: ...
+    def fingerprint(self, digest: bytes) -> int | None: ...
     def commit(
         self,
         records: Iterable[Record],
@@ -43,14 +44,45 @@ class RecordStore(Protocol):
     def oldest_reader(self) -> int: ...
 
 
+class Fingerprints:
+    """mmh3-128 fingerprints of chunks that imports have seen: hints, each to be compared."""
+
+    def __init__(self, store: RecordStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._noted: dict[bytes, int] = {}
+        self._storing: dict[bytes, int] = {}
+
+    def find(self, digest: bytes) -> int | None:
+        """A chunk that had this fingerprint when it was imported."""
+        with self._lock:
+            recent = self._noted.get(digest, self._storing.get(digest))
+        return self._store.fingerprint(digest) if recent is None else recent
+
+    def note(self, digest: bytes, chunk: int) -> None:
+        """Remembers a chunk, durable with the next commit."""
+        with self._lock:
+            self._noted[digest] = chunk
+
+    def freeze(self) -> dict[bytes, int]:
+        """What was noted since the last time, to be stored."""
+        with self._lock:
+            self._storing, self._noted = self._noted, {}
+            return self._storing
+
+    def release(self) -> None:
+        """They are stored."""
+        with self._lock:
+            self._storing = {}
+
+
 class Committer:
     """Runs commits and window extensions for one pool; it is the engine's :class:`~thinpool.engine.Store`."""
 
     def __init__(self, store: RecordStore, catalog: Catalog, lock: threading.RLock) -> None:
         """``lock`` guards the catalog; changes that span catalog and engine are made under it."""
         self.engine: Engine
-        self.fingerprints: dict[bytes, int] = {}
-        self._storing: dict[bytes, int] = {}
+        self.fingerprints = Fingerprints(store)
         self._store = store
         self._catalog = catalog
         self._lock = lock
@@ -65,24 +97,19 @@ class Committer:
         record = self._catalog.get(layer_id)
         return record.name if record else f"number {layer_id}"
 
-    def pending_fingerprint(self, digest: bytes) -> int | None:
-        """A fingerprint that is not in the store yet."""
-        chunk = self.fingerprints.get(digest)
-        return self._storing.get(digest) if chunk is None else chunk
-
     def commit(self) -> None:
         """One commit; the engine sees to it that there is one at a time. Raises PoolFailed, and then no later one succeeds."""
         with self._lock:
             records_changed = self.engine.freeze()
             layers, documents = self._catalog.take_changes()
-            self._storing, self.fingerprints = self.fingerprints, {}
+            fingerprints = self.fingerprints.freeze()
         try:
             self.engine.sync()
             store_txn = 0
             if records_changed:
-                store_txn = self._store.commit(self.engine.encoded(), layers, self._storing, documents)
+                store_txn = self._store.commit(self.engine.encoded(), layers, fingerprints, documents)
             self.engine.release(store_txn, self._store.oldest_reader())
-            self._storing = {}
+            self.fingerprints.release()
         except Exception as error:
             self.engine.fail()
             _LOG.error("commit failed, the pool is in error mode: %s", error)

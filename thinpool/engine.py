@@ -440,6 +440,15 @@ class EngineLayer:
         """(offset, length, data) from the start to the end of the layer, without gaps."""
         return self.engine._walk(lambda cursor, out: _core.tp_extents(self.pointer, cursor, out, _EXTENTS_PER_CALL), self)
 
+    def rebase(self, source: EngineLayer, target: EngineLayer) -> None:
+        """Names what ``target`` names wherever it names what ``source`` names: for a descendant of ``source``, and then ``source`` itself.
+
+        The two are sealed and equal, byte for byte.
+        """
+        cursor = _ffi.new("uint64_t *", 0)
+        while self.engine.check(_core.tp_layer_rebase(self.pointer, source.pointer, target.pointer, cursor), self.id):
+            continue
+
     def map_shared(self, index: int, chunk: int) -> bool:
         """Lets chunk ``index`` of the layer be that chunk of the pool; false if that is not allocated."""
         return bool(self.engine.check(_core.tp_map_shared(self.pointer, index, chunk), self.id))

@@ -23,7 +23,8 @@ from weakref import WeakSet, WeakValueDictionary
 
 from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, PoolUsage, Progress, Size, UsesAPI
 from .catalog import PARTIAL_LABEL, Catalog, LayerRecord
-from .commits import Committer, Housekeeper, drain
+from .commits import Committer, Fingerprints, Housekeeper, drain
+from .digests import Digester
 from .engine import Engine, EngineLayer
 from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
 from .layer import Layer
@@ -85,6 +86,7 @@ class Pool:
         )
         self._committer.engine = self._engine
         self._housekeeper: Housekeeper | None = None
+        self._digester = Digester(self)
         _open_pools.add(self)
         if not read_only:
             store.use_features()
@@ -93,6 +95,7 @@ class Pool:
             if background:
                 self._housekeeper = Housekeeper(self._engine, self._committer)
                 self._housekeeper.start()
+                self._digester.start()
 
     @classmethod
     def create(cls, path: str | Path, chunk_size: Size = "64K", capacity: Size = 0) -> Pool:
@@ -145,6 +148,7 @@ class Pool:
 
     def close(self) -> None:
         """Takes down what is attached, commits, and closes. Closing twice is fine."""
+        self._digester.stop()
         with self._lock:
             if self._closed:
                 return
@@ -306,30 +310,27 @@ class Pool:
         with self._lock:
             self._catalog.require_free(name)
 
-    def rename(self, layer: Layer, name: str) -> None:
+    @contextmanager
+    def _changing_record(self, layer: Layer) -> Iterator[None]:
         self._require_writable()
         with self._lock:
             if self._catalog.get(layer.id) is None:
                 raise LayerDeleted("the layer was deleted")
-            self._catalog.rename(layer.id, name)
+            yield
             self._engine.touch()
 
+    def rename(self, layer: Layer, name: str) -> None:
+        with self._changing_record(layer):
+            self._catalog.rename(layer.id, name)
+
     def set_labels(self, layer: Layer, labels: Mapping[str, str]) -> None:
-        self._require_writable()
-        with self._lock:
-            if self._catalog.get(layer.id) is None:
-                raise LayerDeleted("the layer was deleted")
+        with self._changing_record(layer):
             self._catalog.set_labels(layer.id, labels)
-            self._engine.touch()
 
     def set_digests(self, layer: Layer, digests: Mapping[str, str]) -> None:
         """Adds to what names the layer by its content; ``digests`` by kind (:data:`thinpool.catalog.DIGEST_KINDS`)."""
-        self._require_writable()
-        with self._lock:
-            if self._catalog.get(layer.id) is None:
-                raise LayerDeleted("the layer was deleted")
+        with self._changing_record(layer):
             self._catalog.set_digests(layer.id, digests)
-            self._engine.touch()
 
     def layers_with_digest(self, kind: str, digest: str) -> list[Layer]:
         """The layers with that digest, oldest first; ones that an import is still filling are left out."""
@@ -399,17 +400,15 @@ class Pool:
         self._require_writable()
         drain(self._engine)
 
-    # --- fingerprints of chunks, for imports ---
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Those of the pool's chunks, for imports."""
+        return self._committer.fingerprints
 
-    def find_fingerprint(self, digest: bytes) -> int | None:
-        """A chunk that had this mmh3-128 fingerprint when it was imported: a hint, to be compared."""
-        chunk = self._committer.pending_fingerprint(digest)
-        return self._store.fingerprint(digest) if chunk is None else chunk
-
-    def note_fingerprint(self, digest: bytes, chunk: int) -> None:
-        """Remembers a chunk by its fingerprint, durable with the next commit."""
-        with self._lock:
-            self._committer.fingerprints[digest] = chunk
+    def compute_digests(self, progress: Progress | None = None) -> None:
+        """Gives sealed layers the content digests that they lack, and lets equal ones share all; as a pool that stays open does by itself."""
+        self._require_writable()
+        self._digester.catch_up(progress)
 
     # --- what is done with layers: filled in by the modules above this one (thinpool/__init__.py) ---
 

@@ -31,7 +31,7 @@ class Sharer:
     def offer(self, index: int, content: bytes, *, written: bool) -> None:
         """A chunk of the layer that has, or is to have, these bytes: shared if there are equal ones, else ``written`` or written now."""
         digest = mmh3.mmh3_x64_128_digest(content)
-        chunk = self._pool.find_fingerprint(digest)
+        chunk = self._pool.fingerprints.find(digest)
         own = self._layer.handle.chunk_at(index) if written else None
         if chunk is not None and chunk != own and self._layer.handle.map_shared(index, chunk):
             self._shared.append((index, digest, content))
@@ -45,7 +45,7 @@ class Sharer:
     def _note(self, digest: bytes, index: int) -> None:
         chunk = self._layer.handle.chunk_at(index)
         if chunk is not None:
-            self._pool.note_fingerprint(digest, chunk)
+            self._pool.fingerprints.note(digest, chunk)
 
     def compare(self) -> None:
         """Nobody overwrites the shared chunks from here on: those that are equal stay shared, the others are written."""

@@ -203,6 +203,56 @@ void *run_importer(void *argument) {
   return NULL;
 }
 
+static int copy_regions(tp_layer *from, tp_layer *to) {
+  static _Thread_local uint8_t buf[REGION_BYTES];
+  int rc = TP_OK;
+  for (unsigned r = 0; rc == TP_OK && r < REGIONS; r++) {
+    uint64_t start = region_start(r), size = tp_layer_size(from);
+    uint64_t length = start >= size ? 0 : size - start < REGION_BYTES ? size - start : REGION_BYTES;
+    rc = tp_read(from, buf, length, start);
+    if (rc == TP_OK && !tp_is_zero(buf, length)) rc = tp_write(to, buf, length, start);
+  }
+  return rc;
+}
+
+static int rebase(tp_layer *layer, tp_layer *from, tp_layer *to) {
+  uint64_t cursor = 0;
+  int rc = 1;
+  while (rc == 1) rc = tp_layer_rebase(layer, from, to, &cursor);
+  return rc;
+}
+
+/* Makes an equal layer, and something from that, and lets both name the chunks of the first. */
+void *run_merger(void *argument) {
+  struct worker *worker = argument;
+  struct scenario *scenario = worker->scenario;
+  while (!scenario->stop) {
+    struct slot first;
+    tp_layer *copy = NULL, *branch = NULL, *layer = slot_take(scenario, any_shared(worker), &first);
+    if (layer != NULL && first.sealed && tp_layer_create(scenario->pool, scenario->next_id++, tp_layer_size(layer), &copy) == TP_OK) {
+      int rc = copy_regions(layer, copy);
+      if (rc == TP_OK) rc = tp_layer_seal(copy);
+      if (rc == TP_OK) rc = tp_layer_branch(copy, scenario->next_id++, tp_layer_size(copy), 0, &branch);
+      uint64_t address = region_start((unsigned)random_below(&worker->random, REGIONS)), word = WORD(first.family, 1, address);
+      if (rc == TP_OK && first.family != 0) rc = tp_write(branch, &word, sizeof word, address);
+      uint64_t before = rc == TP_OK ? checksum(branch, &first, &rc) : 0;
+      if (rc == TP_OK) rc = rebase(branch, copy, layer);
+      if (rc == TP_OK) rc = rebase(copy, copy, layer);
+      uint64_t after = rc == TP_OK ? checksum(branch, &first, &rc) : before;
+      CHECK(rc != TP_OK || before == after, "a rebased layer has changed");
+      CHECK(is_expected(rc), "rebase: %d", rc);
+      (void)tp_layer_delete(copy);
+      if (branch != NULL) (void)tp_layer_delete(branch);
+      scenario->operations++;
+    }
+    tp_layer_put(branch);
+    tp_layer_put(copy);
+    tp_layer_put(layer);
+    usleep(1000);
+  }
+  return NULL;
+}
+
 void *run_flusher(void *argument) {
   struct worker *worker = argument;
   while (!worker->scenario->stop) {

@@ -39,7 +39,7 @@ static void open_pool(struct scenario *scenario) {
 }
 
 static void *(*const ROLES[])(void *) = {run_writer, run_writer, run_reader,  run_reader,  run_brancher,
-                                         run_changer, run_walker, run_importer, run_flusher, run_housekeeper};
+                                         run_changer, run_walker, run_importer, run_merger, run_flusher, run_housekeeper};
 enum { ROLE_COUNT = sizeof ROLES / sizeof *ROLES };
 
 static void run_threads(struct scenario *scenario, struct owner **owners, unsigned seconds) {

@@ -86,6 +86,7 @@ void *run_brancher(void *worker);
 void *run_changer(void *worker);
 void *run_walker(void *worker);
 void *run_importer(void *worker);
+void *run_merger(void *worker);
 void *run_flusher(void *worker);
 void *run_housekeeper(void *worker);
 

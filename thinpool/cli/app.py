@@ -34,6 +34,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "resize": layers.resize,
         "rename": layers.rename,
         "rm": layers.rm,
+        "digest": layers.digest,
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},
     "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps},

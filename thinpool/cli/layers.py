@@ -9,6 +9,7 @@ import typer
 
 from . import options
 from .options import opened, parse_labels, pool_path
+from .show import print_table, progress_bar
 
 NewSize = Annotated[str, typer.Argument(metavar="SIZE", help="Like 4K, 10G or 1.5T.", show_default=False)]
 
@@ -95,3 +96,11 @@ def rm(
     with opened(ctx, pool, gives_back=True) as p:
         for layer in layers:
             p.layer(layer).delete()
+
+
+def digest(ctx: typer.Context, pool: options.Pool = None) -> None:
+    """Compute the content digests that sealed layers lack; layers found equal share all from then on."""
+    with opened(ctx, pool, gives_back=True) as p, progress_bar("computing digests") as progress:
+        p.compute_digests(progress)
+        layers = [layer for layer in p.layers() if "content" in layer.digests]
+        print_table(("DIGEST", "LAYER"), [(layer.digests["content"], layer.name) for layer in layers])

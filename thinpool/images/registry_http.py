@@ -88,8 +88,8 @@ class Connection:
                 return answer
             if answer.status not in _RETRIED or last:
                 raise RegistryError(f"{what}: {self.domain} answered {answer.status}{_said(answer)}", answer.status)
+            answer.drain_conn()  # a connection with an answer half read is of no use to the next request
             time.sleep(_wait_seconds(answer, attempt))
-            answer.release_conn()
         raise AssertionError("the last attempt returns or raises")
 
     def _authorized(self, method: str, url: str, scope: str, what: str, headers: dict[str, str], body: Any, stream: bool) -> Any:

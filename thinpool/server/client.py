@@ -130,6 +130,10 @@ class RemotePool:
         """Waits until the space of everything deleted is free and given back to the host."""
         self._transport.json("POST", "/pool/reclaim")
 
+    def compute_digests(self, progress: Progress | None = None) -> None:
+        """Gives sealed layers the content digests that they lack, and lets equal ones share all."""
+        follow(self._transport.lines("POST", "/pool/digests"), progress)
+
     def close(self) -> None:
         """Lets the server go; it stays as long as somebody needs it. Later calls raise PoolClosed."""
         self._transport.close()

@@ -46,6 +46,12 @@ def reclaim(pool: PoolOf) -> None:
     pool.reclaim()
 
 
+@router.post("/pool/digests")
+async def compute_digests(gate: GateOf, pool: PoolOf) -> StreamingResponse:
+    """Computes the content digests that sealed layers lack."""
+    return work_lines(gate, pool.compute_digests)
+
+
 @router.get("/attachments")
 def attachments(pool: PoolOf) -> list[Json]:
     """The layers in use."""

@@ -64,6 +64,15 @@ def pool(pool_path: Path) -> Iterator[thinpool.Pool]:
         yield pool
 
 
+@pytest.fixture(params=["builtin", "crun", "runc"])
+def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What containers run under, in this process and those that it starts."""
+    if request.param != "builtin" and (lacking := missing(request.param)):
+        pytest.skip(lacking)
+    monkeypatch.setenv("THINPOOL_RUNTIME", request.param)
+    return str(request.param)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield

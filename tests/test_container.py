@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from thinpool.containers.run import run_container
 from thinpool.errors import LayerBusy
 
 pytestmark = [needs_root(), needs_tool("busybox", "mkfs.ext4", "mkfs.xfs", "resize2fs", "xfs_growfs")]
+
+pytestmark.append(pytest.mark.usefixtures("runtime"))
 
 RUN = """
 import sys, thinpool
@@ -57,7 +61,12 @@ def test_exit_status_isolation_and_what_stays(pool: thinpool.Pool, tmp_path: Pat
     pool.uses.files()  # type: ignore[attr-defined]  # the tree of files that devices stand on stays up as long as the pool
     mounts, names = Path("/proc/self/mounts").read_text(), [layer.name for layer in pool.layers()]
     host = os.uname().nodename
-    for script, status in {"exit 0": 0, "exit 7": 7, "kill -TERM $$": 143, "test $(hostname) = box && test $(ps | grep -c .) -lt 8": 0}.items():
+    for script, status in {
+        "exit 0": 0,
+        "exit 7": 7,
+        "sh -c 'kill -TERM $$'; exit $?": 143,
+        "test $(hostname) = box && test $(ps | grep -c .) -lt 8": 0,
+    }.items():
         assert shell(pool, script, name="box", remove=True) == status, script
     assert run_container(pool, "base", ["nothing"], remove=True) == 127
     assert run_container(pool, "base", ["/etc/text"], remove=True) == 126
@@ -84,6 +93,24 @@ def test_signals_input_and_busy(pool_path: Path, tmp_path: Path) -> None:
     assert process.communicate(b"through", timeout=20) == (b"through", None)
 
 
+def test_a_terminal_is_passed_on(pool_path: Path, tmp_path: Path, runtime: str) -> None:
+    with thinpool.Pool.create(pool_path) as pool:
+        import_busybox(pool, tmp_path)
+    ours, its = pty.openpty()
+    command = [sys.executable, "-c", RUN, pool_path, "box", "test -t 0 && busybox tty; read word; echo got $word"]
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True) as process:
+        os.close(its)
+        os.write(ours, b"through\n")
+        output = b""
+        with suppress(OSError):  # EIO: the other end is closed
+            while data := os.read(ours, 4096):
+                output += data
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"got through" in output
+    assert (b"not a tty" if runtime == "builtin" else b"/dev/") in output  # ours is of another file system than its /dev/pts
+
+
 def test_killed_runner_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
     with thinpool.Pool.create(pool_path) as pool:
         import_busybox(pool, tmp_path)
@@ -97,6 +124,8 @@ def test_killed_runner_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
     with thinpool.Pool.open(pool_path) as pool:
         assert shell(pool, "exit 0", name="next", remove=True) == 0  # sweeps
         assert "box" not in [layer.name for layer in pool.layers()]
+        assert not list(pool_path.glob("run/bundles/*"))
+    assert not list(Path("/sys/fs/cgroup").glob("**/thinpool-*"))
     assert str(pool_path) not in Path("/proc/self/mounts").read_text()
 
 
@@ -124,3 +153,4 @@ def test_running_ones_are_busy_and_three_at_once(pool: thinpool.Pool, tmp_path: 
         thread.join(timeout=30)
     assert results == [0, 0, 0]
     base.delete()
+    assert not list(pool.path.glob("run/bundles/*"))

@@ -50,6 +50,7 @@ def test_two_hundred_at_once(loaded: thinpool.Pool, tmp_path: Path) -> None:
     assert len(loaded.images.get("test:1").layers) == 2
 
 
+@pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize(
     ("settings", "script", "expected"),
     [
@@ -67,6 +68,7 @@ def test_a_run_honours_the_image_and_what_is_said_instead(
     assert capfd.readouterr().out == expected
 
 
+@pytest.mark.usefixtures("runtime")
 def test_entrypoint_and_default_command(loaded: thinpool.Pool, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_container(loaded, "test:1", ["made", "so"], entrypoint="/bin/echo", remove=True) == 0
     assert capfd.readouterr().out == "made so\n"
@@ -76,6 +78,7 @@ def test_entrypoint_and_default_command(loaded: thinpool.Pool, capfd: pytest.Cap
     assert run_container(loaded, "test:1", ["/bin/echo"], user="nobody-here", remove=True) == 126
 
 
+@pytest.mark.usefixtures("runtime")
 def test_copies_run_at_once(loaded: thinpool.Pool) -> None:
     before = [layer.name for layer in loaded.layers()]
     script = f"""
@@ -146,6 +149,7 @@ def test_copying_leads_nowhere_else(loaded: thinpool.Pool, tmp_path: Path) -> No
         loaded.containers.get("nope")
 
 
+@pytest.mark.usefixtures("runtime")
 def test_removing_by_force_kills(loaded: thinpool.Pool) -> None:
     path = loaded.path
     loaded.close()
@@ -163,6 +167,29 @@ with thinpool.connect({str(path)!r}, server=True) as pool:
             pool.containers.remove("c", force=True)
             assert pool.containers.list() == []
     assert process.returncode == -9
+
+
+@pytest.mark.usefixtures("runtime")
+def test_an_image_has_no_say_outside_of_its_container(loaded: thinpool.Pool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it sets in the environment, for the dynamic linker or for Python, is for its command alone."""
+    trap = tmp_path / "trap.so"
+    subprocess.run(["gcc", "-shared", "-o", trap, "-xc", "-"], input=b"__attribute__((constructor)) void run(void) { __builtin_trap(); }", check=True)
+    environment = {"LD_PRELOAD": str(trap), "PYTHONSTARTUP": "/x", "PYTHONPATH": "/x", "PYTHONHOME": "/x"}
+    assert run_container(loaded, "test:1", ["/bin/busybox", "env"], environment=environment, remove=True) == 0
+    assert f"LD_PRELOAD={trap}" in capfd.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name", ["crun", "runc"])
+def test_an_oci_container_is_confined(loaded: thinpool.Pool, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    script = "cat /proc/kcore | head -c 1; busybox mount -t tmpfs none /mnt; echo x > /proc/sys/kernel/hostname; grep CapEff /proc/self/status"
+    command = ["/bin/busybox", "sh", "-c", f"busybox mkdir -p /mnt; alias cat='busybox cat' head='busybox head' grep='busybox grep'; {script}"]
+    assert run_container(loaded, "test:1", command, runtime=name, remove=True) == 0
+    found = capfd.readouterr()
+    assert found.out.split()[:1] == ["CapEff:"] and int(found.out.split()[1], 16) & ~0xA80425FB == 0
+    assert "mount" in found.err and "hostname" in found.err
+    with pytest.raises(thinpool.ToolFailed, match="no OCI runtime 'nope'"):
+        run_container(loaded, "test:1", command, runtime="nope", remove=True)
+    assert not list(loaded.path.glob("run/bundles/*"))
 
 
 def test_grown(loaded: thinpool.Pool, tmp_path: Path) -> None:

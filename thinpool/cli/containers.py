@@ -29,6 +29,9 @@ NewName = Annotated[str | None, typer.Option("--name", help="Its name, and its l
 LayerSize = Annotated[str | None, typer.Option("--size", help="A larger size for it.", show_default=False)]
 Place = Annotated[str, typer.Argument(metavar="SOURCE", help="A path here, or NAME:/PATH in a container.", show_default=False)]
 Destination = Annotated[str, typer.Argument(metavar="DEST", help="The same; one of the two is here.", show_default=False)]
+Runtime = Annotated[
+    str, typer.Option(envvar="THINPOOL_RUNTIME", help="crun, runc, another OCI runtime, or builtin. Default: the first there is.", show_default=False)
+]
 _COMMAND_LENGTH = 24
 
 
@@ -110,6 +113,7 @@ def run(
     workdir: Annotated[str | None, typer.Option("--workdir", "-w", metavar="DIR", help="Where in it.", show_default=False)] = None,
     entrypoint: Annotated[str | None, typer.Option(help="In place of the image's.", show_default=False)] = None,
     hostname: Annotated[str | None, typer.Option(help="Default: the container's name.", show_default=False)] = None,
+    runtime: Runtime = "",
     copies: Annotated[int, typer.Option("--copies", "-n", min=1, max=1000, help="So many containers at once.")] = 1,
     pool: options.Pool = None,
 ) -> None:
@@ -120,18 +124,18 @@ def run(
     from ..containers.run import run_container
 
     def work(p: PoolAPI) -> int:
-        settings: dict[str, Any] = {"user": user, "workdir": workdir, "entrypoint": entrypoint, "hostname": hostname, "copies": copies}
+        settings: dict[str, Any] = {"user": user, "workdir": workdir, "entrypoint": entrypoint, "hostname": hostname, "runtime": runtime, "copies": copies}
         return run_container(p, image, command or (), name=name, remove=remove, size=size, environment=_environment(env), **settings)
 
     _run(ctx, pool, work)
 
 
 @app.command("start", cls=WithCommand)
-def start(ctx: typer.Context, container: options.Container, command: Command = None, pool: options.Pool = None) -> None:
+def start(ctx: typer.Context, container: options.Container, command: Command = None, runtime: Runtime = "", pool: options.Pool = None) -> None:
     """Run a command in a container that is there; its status is the command's. Needs root."""
     from ..containers.run import start_container
 
-    _run(ctx, pool, lambda p: start_container(p, container, command or (), environment=_environment(None)))
+    _run(ctx, pool, lambda p: start_container(p, container, command or (), environment=_environment(None), runtime=runtime))
 
 
 def _environment(given: list[str] | None) -> dict[str, str]:

@@ -1,23 +1,33 @@
-"""The first process of a container: ``python container_init.py PARENT_PID ROOT HOSTNAME USER WORKDIR COMMAND [ARG...]``.
+"""The first process of a container: ``python container_init.py PARENT_PID FD``.
 
-USER is as in an image's configuration: a name or number, a group's after a colon; nothing: root.
+From the descriptor it reads a JSON object: ``root`` (a mount point), ``command``, ``environment``, ``hostname``, ``workdir``, ``user`` (as in an
+image's configuration: a name or number, a group's after a colon; nothing: root), and ``runtime``: null, or the words that run an OCI
+bundle, to which ``bundle``, the directory with its config.json, belongs. None of it is in this process's own environment or arguments, for an
+image says some of it, and must have no say in what runs outside of its container.
 
 Run as a script, with nothing of thinpool loaded, so that it starts at once and has one thread. It becomes three::
 
     outer   unshares the namespaces, forwards signals, passes the exit status on; dies with PARENT
       init    PID 1 of the container: sets up the mounts, reaps orphans; dies with outer, and everything in the container with it
-        command
+        command, or the OCI runtime, whose container has namespaces of its own below these
 
-Its environment is the command's. See namespaces(7), pid_namespaces(7), pivot_root(2).
+See namespaces(7), pid_namespaces(7), pivot_root(2).
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
+import json
 import os
 import signal
 import stat
 import sys
+
+TYPE_CHECKING = False  # typing would take as long to load as all the rest
+if TYPE_CHECKING:
+    from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x04000000, 0x08000000, 0x20000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
@@ -25,6 +35,7 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 NOT_FOUND, NOT_RUNNABLE = 127, 126
+NO_COMMAND = "no such command in the container"
 FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
 LINKS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2", "ptmx": "pts/ptmx"}
@@ -131,40 +142,93 @@ def identity(user: str) -> tuple[int, int, list[int], str]:
     return uid, gid, others, known[5] if known else "/"
 
 
-def become(user: str, workdir: str) -> None:
-    """Takes on the user, and goes where the command is to run; a working directory that is missing is made."""
-    uid, gid, others, home = identity(user or "0")
-    os.environ.setdefault("HOME", home or "/")
-    os.makedirs(workdir, exist_ok=True)
-    os.chdir(workdir)
-    if user:
-        os.setgroups(others)
-        os.setgid(gid)
-        os.setuid(uid)
+def prepare(settings: dict[str, Any]) -> tuple[int, int, list[int]]:
+    """In the container's root: its user, whose home joins the environment; and goes to the working directory, made if it is missing."""
+    uid, gid, others, home = identity(settings["user"] or "0")
+    settings["environment"].setdefault("HOME", home or "/")
+    os.makedirs(settings["workdir"], exist_ok=True)
+    os.chdir(settings["workdir"])
+    return uid, gid, others
 
 
-def run_command(command: list[str]) -> None:
-    """Becomes the command."""
+def default_signals() -> None:
+    """As a program expects them."""
     for number in (*FORWARDED, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-    status, why = NOT_FOUND, "no such command in the container"
-    for path in candidates(command[0]):
+
+
+def run_command(settings: dict[str, Any]) -> None:
+    """Becomes the command."""
+    uid, gid, others = prepare(settings)
+    if settings["user"]:
+        os.setgroups(others)
+        os.setgid(gid)
+        os.setuid(uid)
+    default_signals()
+    status, why = NOT_FOUND, NO_COMMAND
+    for path in candidates(settings):
         try:
-            os.execv(path, command)
+            os.execve(path, settings["command"], settings["environment"])
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             status, why = NOT_RUNNABLE, error.strerror or "cannot be run"
-    os.write(2, f"thinpool: {command[0]}: {why}\n".encode())
+    give_up(settings, status, why)
+
+
+def give_up(settings: dict[str, Any], status: int, why: str) -> None:
+    os.write(2, f"thinpool: {settings['command'][0]}: {why}\n".encode())
     os._exit(status)
 
 
-def candidates(program: str) -> list[str]:
-    """Where to look for it. (os.execvp would import modules that are out of reach here.)"""
+def candidates(settings: dict[str, Any]) -> list[str]:
+    """Where to look for the command. (os.execvp would import modules that are out of reach here.)"""
+    program = settings["command"][0]
     if "/" in program:
         return [program]
-    return [f"{directory}/{program}" for directory in os.environ.get("PATH", "/bin:/usr/bin").split(":")]
+    return [f"{directory}/{program}" for directory in settings["environment"].get("PATH", "/bin:/usr/bin").split(":")]
+
+
+# --- with an OCI runtime ---
+
+
+def complete_bundle(settings: dict[str, Any]) -> None:
+    """Writes into config.json what only the container's own files say: who its user is, and whether there is such a command."""
+    answer, telling = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.chroot(settings["root"])
+        os.chdir("/")
+        uid, gid, others = prepare(settings)
+        found = [path for path in candidates(settings) if os.path.exists(path)]
+        if not found:
+            give_up(settings, NOT_FOUND, NO_COMMAND)
+        if not any(os.path.isfile(path) and os.access(path, os.X_OK) for path in found):
+            give_up(settings, NOT_RUNNABLE, "Permission denied")
+        os.write(telling, json.dumps([uid, gid, others, settings["environment"]["HOME"]]).encode())
+        os._exit(0)
+    os.close(telling)
+    with os.fdopen(answer) as told:
+        text = told.read()
+    status = reap_until(child)
+    if status != 0:
+        os._exit(status)
+    uid, gid, others, home = json.loads(text)
+    path = f"{settings['bundle']}/config.json"
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    environment = {**settings["environment"], "HOME": home}
+    config["process"]["env"] = [f"{name}={value}" for name, value in environment.items()]
+    config["process"]["user"] = {"uid": uid, "gid": gid, "additionalGids": others}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file)
+
+
+def run_bundle(settings: dict[str, Any]) -> None:
+    """Becomes the runtime."""
+    default_signals()
+    os.execve(settings["runtime"][0], settings["runtime"], {"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")})
 
 
 def exit_status(wait_status: int) -> int:
@@ -194,18 +258,27 @@ def reap_until(pid: int) -> int:
             return exit_status(status)
 
 
-def init(root: str, hostname: str, user: str, workdir: str, command: list[str]) -> int:
-    enter_root(root, hostname)
+def init(settings: dict[str, Any]) -> int:
+    if settings["runtime"]:
+        keep_to_ourselves(settings["root"])
+        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):
+            with contextlib.suppress(OSError):  # runtimes refuse a mixture of versions 1 and 2, and no group is needed here
+                mount("none", "/sys/fs/cgroup", "cgroup2")
+        complete_bundle(settings)
+    else:
+        enter_root(settings["root"], settings["hostname"])
     child = os.fork()
     if child == 0:
-        become(user, workdir)
-        run_command(command)
+        run_bundle(settings) if settings["runtime"] else run_command(settings)
     forward_to(child)
     return reap_until(child)
 
 
-def main(parent: int, root: str, hostname: str, user: str, workdir: str, *command: str) -> int:
+def main(parent: int, descriptor: int) -> int:
     die_with_parent(parent)
+    with os.fdopen(descriptor) as file:
+        settings = json.load(file)
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # what comes before there is a command waits for it
     checked(libc.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID), "unshare")
     alive, held = os.pipe()  # init, in a PID namespace of its own, cannot see whether its parent is still there
@@ -219,7 +292,7 @@ def main(parent: int, root: str, hostname: str, user: str, workdir: str, *comman
             os._exit(NOT_RUNNABLE)  # end of file: outer ended before the call above
         except BlockingIOError:
             os.close(alive)
-        return init(root, hostname, user, workdir, list(command))
+        return init(settings)
     os.close(alive)
     forward_to(child)
     return reap_until(child)
@@ -227,7 +300,7 @@ def main(parent: int, root: str, hostname: str, user: str, workdir: str, *comman
 
 if __name__ == "__main__":
     try:
-        code = main(int(sys.argv[1]), *sys.argv[2:])
+        code = main(int(sys.argv[1]), int(sys.argv[2]))
     except OSError as failure:
         os.write(2, f"thinpool: cannot set up the container: {failure.strerror or failure}\n".encode())
         code = NOT_RUNNABLE

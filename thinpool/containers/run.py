@@ -1,12 +1,13 @@
 """Runs a command in a container: a clone of an image's layer as root directory, in namespaces of its own.
 
-The command runs under ``container_init.py``, a process of its own that knows nothing of pools. The mount belongs to
+The command, or the OCI runtime that runs it, runs under ``container_init.py``, a process of its own that knows nothing of pools. The mount belongs to
 this process as its owner: should it be killed, its container's processes die with it, and whoever holds the pool
 takes the mount down.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ from typing import Any
 from ..api import Container, PoolAPI, Size
 from ..errors import BadName, ContainerNotFound, LayerBusy, LayerState, NeedsRoot, ThinpoolError
 from ..filesystems.blank import FILESYSTEM_LABEL, grow_xfs
+from .bundle import bundle, find_runtime, owner_of, sweep
 from .containers import layer_stem
 
 _REMOVE_LABEL = "thinpool.remove"  # the pid and start time of the process that will delete the layer when its command ends
@@ -36,7 +38,8 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a run says otherwise than the image. ``entrypoint`` "": none; ``user``: like ``name``, ``1000:1000``; ``workdir``: absolute."""
+    """What a run says otherwise than the image. ``entrypoint`` "": none; ``user``: like ``name``, ``1000:1000``; ``workdir``: absolute; ``runtime``: an
+    OCI runtime's name or path, ``builtin`` for the namespaces made here, "" for the first there is."""
 
     command: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class Settings:
     workdir: str | None = None
     entrypoint: str | None = None
     hostname: str | None = None
+    runtime: str = ""
 
 
 def run_container(
@@ -59,18 +63,20 @@ def run_container(
     workdir: str | None = None,
     entrypoint: str | None = None,
     hostname: str | None = None,
+    runtime: str = "",
     copies: int = 1,
 ) -> int:
     """Makes a container from an image (or a layer), and runs the image's command, or this one, in it; the command's exit status.
 
     128 and the signal's number where a signal ended it, 127 where there is no such command, 126 where it cannot be run. The container is
     named ``name`` (by default after the image) and kept, unless ``remove``. ``size``: a larger one for it, its file system is grown.
+    ``runtime``: an OCI runtime's name or path, ``builtin`` for the namespaces made here; by default what ``THINPOOL_RUNTIME`` says, crun, or runc.
     ``copies``: so many at once, named NAME-1, NAME-2, …, each with its number in ``THINPOOL_COPY`` and its name before each line that it prints;
     the status is then the first that is not 0. Raises NeedsRoot, ImageNotFound, LayerExists, LayerState or ToolFailed.
     """
     _require_root()
     _sweep(pool)
-    settings = Settings(command, environment or {}, user, workdir, entrypoint, hostname)
+    settings = Settings(command, environment or {}, user, workdir, entrypoint, hostname, runtime)
     stem = name or f"{layer_stem(image)}-{uuid.uuid4().hex[:8]}"
     names = [stem] if copies == 1 else [f"{stem}-{number}" for number in range(1, copies + 1)]
     for one in names:
@@ -83,10 +89,10 @@ def run_container(
     return next((status for status in statuses if status), 0)
 
 
-def start_container(pool: PoolAPI, name: str, command: Sequence[str] = (), *, environment: Mapping[str, str] | None = None) -> int:
+def start_container(pool: PoolAPI, name: str, command: Sequence[str] = (), *, environment: Mapping[str, str] | None = None, runtime: str = "") -> int:
     """Runs a container's command, or this one, in a container that is there; the command's exit status. Raises ContainerNotFound, LayerBusy, …"""
     _require_root()
-    return _run_in(pool, pool.containers.get(name), Settings(command, environment or {}))
+    return _run_in(pool, pool.containers.get(name), Settings(command, environment or {}, runtime=runtime))
 
 
 def _require_root() -> None:
@@ -132,15 +138,25 @@ def _run_in(pool: PoolAPI, container: Container, settings: Settings, *, prefix: 
     try:
         if layer.labels.get(FILESYSTEM_LABEL) == "xfs":
             grow_xfs(directory)
-        return spawn(
-            directory,
-            command,
-            hostname=settings.hostname or container.name,
-            environment=environment,
-            user=settings.user if settings.user is not None else image.get("User") or "",
-            workdir=settings.workdir or image.get("WorkingDir") or "/",
-            prefix=prefix,
-        )
+        hostname = (settings.hostname or container.name).rsplit("/", 1)[-1].replace(":", "-")[:63]
+        workdir = settings.workdir or image.get("WorkingDir") or "/"
+        task = {
+            "root": str(directory),
+            "command": command,
+            "environment": environment,
+            "hostname": hostname,
+            "user": settings.user if settings.user is not None else image.get("User") or "",
+            "workdir": workdir,
+            "runtime": None,
+        }
+        runtime = find_runtime(settings.runtime)
+        if runtime is None:
+            return _spawn(task, prefix)
+        place = _bundles(pool) / directory.name
+        owner = _process_identity(os.getpid()) or ""
+        terminal = not prefix and os.isatty(0) and os.isatty(1)
+        with bundle(place, runtime, directory, command, owner=owner, hostname=hostname, workdir=workdir, terminal=terminal) as words:
+            return _spawn({**task, "runtime": words, "bundle": str(place)}, prefix)
     finally:
         layer.unmount()
 
@@ -154,36 +170,49 @@ def _process_identity(pid: int) -> str | None:
     return f"{pid}:{fields[19]}"
 
 
+def _bundles(pool: PoolAPI) -> Path:
+    return pool.path / "run" / "bundles"
+
+
+def _is_alive(identity: str) -> bool:
+    pid = identity.partition(":")[0]
+    return pid.isdigit() and _process_identity(int(pid)) == identity
+
+
 def _sweep(pool: PoolAPI) -> None:
-    """Removes containers whose ``--rm`` was not done because the process that would have done it was killed."""
+    """Removes what killed processes could not: bundles, and containers that were to go with ``--rm``."""
+    for place in _bundles(pool).glob("*"):
+        if (owner := owner_of(place)) and not _is_alive(owner):
+            sweep(place)
     for layer in pool.layers(_REMOVE_LABEL):
         with suppress(ThinpoolError):  # somebody else sweeps too, or it is still being taken down
-            owner = layer.labels.get(_REMOVE_LABEL, "")
-            pid = owner.partition(":")[0]
-            if not pid.isdigit() or _process_identity(int(pid)) != owner:
+            if not _is_alive(layer.labels.get(_REMOVE_LABEL, "")):
                 with suppress(LayerBusy, ContainerNotFound):
                     pool.containers.remove(layer.name)
 
 
-def spawn(root: Path, command: Sequence[str], *, hostname: str, environment: Mapping[str, str], user: str = "", workdir: str = "/", prefix: str = "") -> int:
-    """Runs the command with ``root`` (a mount point) as its root directory, in new mount, PID, UTS and IPC namespaces.
+def _spawn(task: Mapping[str, Any], prefix: str) -> int:
+    """Runs a container's command, as ``container_init.py`` is told.
 
     Standard input, output and error and the terminal are passed on, and signals that would end this process are forwarded; it returns
     when the command has ended and nothing of the container runs any more. ``prefix``: what comes before each line of output, which then
     all goes to standard output, and there is no input.
     """
-    hostname = hostname.rsplit("/", 1)[-1].replace(":", "-")[:63]
-    arguments = [sys.executable, "-I", "-S", str(_INIT), str(os.getpid()), str(root), hostname, user, workdir, *command]
-    if prefix:
-        with subprocess.Popen(arguments, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                sys.stdout.buffer.write(prefix.encode() + line)
-                sys.stdout.buffer.flush()
-            status = process.wait()
-        return 128 - status if status < 0 else status
-    process = subprocess.Popen(arguments, env=dict(environment), close_fds=True)
-    with _Signals(process):
+    reading, telling = os.pipe()
+    arguments = [sys.executable, "-I", "-S", str(_INIT), str(os.getpid()), str(reading)]
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if prefix else {}
+    with open(telling, "w") as told:
+        try:
+            process = subprocess.Popen(arguments, pass_fds=(reading,), **streams)
+        finally:
+            os.close(reading)
+        with suppress(BrokenPipeError):  # it has failed by then
+            json.dump(task, told)
+            told.close()
+    with process, _Signals(process) if not prefix else nullcontext():
+        for line in process.stdout or ():
+            sys.stdout.buffer.write(prefix.encode() + line)
+            sys.stdout.buffer.flush()
         status = process.wait()
     return 128 - status if status < 0 else status
 

@@ -1,4 +1,4 @@
-"""Real images for tests, made by umoci and skopeo from a busybox root file system, and a real registry on loopback."""
+"""Real images for tests, made by umoci and buildah from a busybox root file system, and a real registry on loopback."""
 
 from __future__ import annotations
 
@@ -32,6 +32,40 @@ def umoci_image(directory: Path, layers: int, seed: int = 0) -> Path:
         run("umoci", "repack", "--image", f"{layout}:test", bundle)
         shutil.rmtree(bundle)
     run("umoci", "config", "--image", f"{layout}:test", "--config.cmd", "sh", "--config.env", "GREETING=hello", "--config.workingdir", "/work")
+    return layout
+
+
+def deep_umoci_image(directory: Path, layers: int) -> Path:
+    """An OCI layout with an image ``test``: each layer adds a file, or hides that of some layers before."""
+    layout, file, data = directory / f"deep-{layers}", directory / "file", directory / "data"
+    data.mkdir()
+    run("umoci", "init", "--layout", layout)
+    run("umoci", "new", "--image", f"{layout}:test")
+    for number in range(layers):
+        file.write_text(str(number))
+        change = ["--whiteout", f"/data/f{number - 8}"] if number % 10 == 9 else [file, f"/data/f{number}"]
+        run("umoci", "insert", "--image", f"{layout}:test", *(change if number else [data, "/data"]))
+    return layout
+
+
+def buildah_image(directory: Path, layers: int) -> Path:
+    """An OCI layout with an image ``test`` that buildah has made: a layer for each instruction that changes files."""
+    context, layout = directory / f"context-{layers}", directory / f"buildah-{layers}"
+    (context / "bin").mkdir(parents=True)
+    shutil.copy(BUSYBOX, context / "bin/busybox")
+    for applet in ("sh", "rm", "ln", "mkdir", "chmod", "chown"):
+        (context / "bin" / applet).symlink_to("busybox")
+    changes = (
+        "RUN mkdir -p /data/deep/er && echo one > /data/one && ln /data/one /data/again && ln -s ../one /data/deep/link",
+        "RUN rm -r /data/deep && mkdir /data/deep && echo new > /data/deep/new",
+        "RUN rm /data/one && mkdir /data/one && chmod 1777 /data/one && chown 33:44 /data/again",
+        "RUN rm -r /data/one && echo file > /data/one",
+    )
+    recipe = ["FROM scratch", "COPY bin /bin", *changes[: layers - 1], "ENV GREETING=hello", 'CMD ["sh"]']
+    (context / "Containerfile").write_text("\n".join(recipe) + "\n")
+    storage = ["--root", directory / "buildah", "--runroot", directory / "buildah-run", "--storage-driver", "vfs"]
+    run("buildah", *storage, "bud", "--isolation", "chroot", "--layers", "--format", "oci", "-t", "test", context)
+    run("buildah", *storage, "push", "test", f"oci:{layout}:test")
     return layout
 
 

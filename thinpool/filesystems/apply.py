@@ -32,12 +32,13 @@ _Brought = dict[str, Any]  # of dictionaries and None
 
 
 def apply_layer(stream: Readable, tree: FileTree, *, whiteouts: bool) -> None:
-    """Applies an uncompressed tar to a tree, and reads the stream to its end. ``whiteouts``: it is a layer; else ``.wh.`` names are ordinary ones.
+    """Applies an uncompressed tar to a tree, and reads the stream to its end. ``whiteouts``: it is a layer, whose digest the
+    caller checks; else ``.wh.`` names are ordinary ones.
 
     Raises :class:`~thinpool.errors.ImportFailed`, naming the member, for a tar that is damaged, cut short, or would write outside
     the tree, and OutOfSpace. What was applied until then stays.
     """
-    layer = _Layer(tree, TarStream(stream), whiteouts)
+    layer = _Layer(tree, TarStream(stream, needs_end=not whiteouts), whiteouts)
     try:
         layer.apply()
     except (ImportFailed, tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:

@@ -166,6 +166,11 @@ class _Forward:
             continue
         self._next = min(position - self._before, len(self._held))
 
+    def is_end(self, position: int) -> bool:
+        """Goes there, and says whether nothing follows."""
+        self.seek(position)
+        return self._next == len(self._held) and not self._fill()
+
     def read(self, size: int) -> bytes:
         """That many bytes, unless the stream ends before."""
         end = self._next + size
@@ -195,8 +200,11 @@ class _Forward:
 class TarStream:
     """The members of a tar, in order; the content of each is to be read before the next one is asked for."""
 
-    def __init__(self, stream: Readable) -> None:
+    def __init__(self, stream: Readable, *, needs_end: bool = True) -> None:
+        """``needs_end``: the end-of-archive marker must be there. Some programs write none, nor what fills up the last block of the last member: good
+        enough where a digest says that all is there, and Go's archive/tar takes it too."""
         self._file = _Forward(stream)
+        self._needs_end = needs_end
 
     def __iter__(self) -> Iterator[Member]:
         """Raises tarfile.TarError or ValueError where it is damaged. Reads the stream to its end: what checks the whole is there."""
@@ -206,6 +214,8 @@ class TarStream:
             archive.members.clear()  # type: ignore[attr-defined]
             assert isinstance(member, Member)
             yield member
+            if not self._needs_end and self._file.is_end(archive.offset):
+                return
         while self._file.read(PIECE_BYTES):
             continue
 

@@ -1,6 +1,7 @@
-"""Images: how fast they are taken in, and what equal trees in different images share, by where blocks are put.
+"""Images: how fast they are taken in and run, and what equal trees in different images share, by where blocks are put.
 
-A Debian root file system (debootstrap, minbase) is the tree; umoci unpacking the same image is the peer.
+A Debian root file system (debootstrap, minbase) is the tree. The peers are umoci unpacking the same image, and containerd importing the same
+archive into its overlayfs snapshotter, all on the same disk.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ import io
 import shutil
 import statistics
 import subprocess
+import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Row
 
 import thinpool
+from thinpool.containers.run import run_container
 from thinpool.filesystems.apply import apply_layer
 from thinpool.filesystems.blank import blank_layer
 from thinpool.filesystems.ext4 import Ext4
@@ -64,6 +67,61 @@ def test_load_against_umoci(layout: Path, place: Path, row: Row) -> None:
     ratio = statistics.median(theirs) / statistics.median(ours)
     row("load of a Debian image", ratio, 2, "times as fast as umoci unpack", note=f"{statistics.median(ours):.2f} s")
     row("the same image again", 1000 * statistics.median(again), 500, "ms", at_most=True)
+
+
+@pytest.fixture
+def containerd(place: Path) -> Iterator[list[str | Path]]:
+    """A containerd of our own; how to talk to it."""
+    address = place / "containerd.sock"
+    configuration = place / "containerd.toml"
+    disabled = '["io.containerd.grpc.v1.cri"]'
+    configuration.write_text(f'version = 2\nroot = "{place}/root"\nstate = "{place}/state"\ndisabled_plugins = {disabled}\n[grpc]\naddress = "{address}"\n')
+    with (place / "containerd.log").open("wb") as log, subprocess.Popen(["containerd", "--config", configuration], stdout=log, stderr=log) as process:
+        try:
+            ctr: list[str | Path] = ["ctr", "--address", address]
+            deadline = time.monotonic() + 30
+            while subprocess.run([*ctr, "version"], capture_output=True, check=False).returncode != 0:
+                assert process.poll() is None and time.monotonic() < deadline, (place / "containerd.log").read_text()
+                time.sleep(0.1)
+            yield ctr
+        finally:
+            process.terminate()
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_against_containerd(layout: Path, place: Path, row: Row, containerd: list[str | Path]) -> None:
+    archive = place / "image.tar"
+    run("skopeo", "copy", f"oci:{layout}:x", f"oci-archive:{archive}:docker.io/library/debian:x")
+    loads, imports, runs, calls, starts = [], [], [], [], []
+    for number in range(_ROUNDS):
+        with thinpool.Pool.create(place / f"pool-{number}") as pool:
+            loads.append(seconds(lambda pool=pool: pool.images.load(archive, "debian:x")))
+        # Each time in a namespace of its own, and with its content and snapshots gone, so that nothing is there.
+        space = [*containerd, "--namespace", "bench"]
+        imports.append(seconds(lambda space=space: run(*space, "images", "import", archive)))
+        if number < _ROUNDS - 1:
+            run(*space, "images", "rm", "--sync", "docker.io/library/debian:x")
+    space = [*containerd, "--namespace", "bench"]
+    command = [sys.executable, "-m", "thinpool.cli", "--pool", str(place / "pool-0")]
+    with thinpool.connect(place / "pool-0", server=True) as pool:
+        for number in range(10):
+            runs.append(seconds(lambda: run(*command, "run", "--rm", "debian:x", "true")))
+            calls.append(seconds(lambda: run_container(pool, "debian:x", ["true"], remove=True)))
+            once = [*space, "run", "--rm", "docker.io/library/debian:x", f"c{number}", "true"]
+            starts.append(seconds(lambda once=once: run(*once)))
+        created = [seconds(lambda number=number: pool.containers.create("debian:x", name=f"new-{number}")) for number in range(20)]
+        own = max(pool.containers.get(f"new-{number}").usage.exclusive for number in range(20))
+    run(*space, "images", "rm", "--sync", "docker.io/library/debian:x")
+    load, imported, ours, called, theirs = (statistics.median(one) for one in (loads, imports, runs, calls, starts))
+    row("load of an archive", imported / load, 1, "times as fast as containerd's import to overlayfs", note=f"{load:.2f} s, durable")
+    for what, taken in (("run_container()", called), ("thinpool run --rm", ours)):
+        note = f"{1000 * taken:.0f} ms, {1000 * theirs:.0f} ms"
+        row(f"from the image to the end of true, {what}", theirs / taken, 1, "times as fast as ctr run --rm", note=note)
+    row("another container of an image", 1000 * statistics.median(created), 10, "ms", at_most=True, note=f"{own >> 10} KiB")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -48,6 +49,39 @@ def test_two_hundred_at_once(loaded: thinpool.Pool, tmp_path: Path) -> None:
     loaded.reclaim()
     assert loaded.usage().allocated == before and loaded.containers.list() == []
     assert len(loaded.images.get("test:1").layers) == 2
+
+
+def resident(path: Path) -> int:
+    """Bytes of a file in the page cache."""
+    return int(subprocess.run(["fincore", "--bytes", "-nro", "RES", path], capture_output=True, text=True, check=True).stdout)
+
+
+def test_twenty_that_read_the_same_keep_one_copy_of_it_in_the_page_cache(pool: thinpool.Pool, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number in range(16):
+        (tree / f"file{number}").write_bytes(random.Random(number).randbytes(1 << 20))
+    subprocess.run(["tar", "-C", tree, "-cf", tmp_path / "tree.tar", "."], check=True)
+    pool.images.load(tmp_path / "tree.tar", "base:1")
+    pool.commit()
+    data = pool.path / "data"
+    with data.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert resident(data) < 4 << 20
+    cached = []
+    mountpoint = tmp_path / "mounted"
+    mountpoint.mkdir()
+    for number in range(20):
+        pool.containers.create("base:1", name=f"c{number}")
+        (mountpoint / str(number)).mkdir()
+        pool.layer(f"c{number}").mount(mountpoint / str(number))
+        for path in tree.iterdir():
+            assert (mountpoint / str(number) / path.name).read_bytes() == path.read_bytes()
+        cached.append(resident(data))
+    for number in range(20):
+        pool.layer(f"c{number}").unmount()
+    assert cached[0] >= 16 << 20 and cached[-1] - cached[0] < 4 << 20  # what each mount has written for itself
 
 
 @pytest.mark.usefixtures("runtime")

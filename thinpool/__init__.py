@@ -5,6 +5,10 @@ whatever their size. :class:`Pool` opens one in this process; :func:`connect` go
 runs. ``docs/library.md`` is the tour; :mod:`thinpool.errors` draws the exceptions.
 """
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 from .api import (
     Attachment,
     Change,
@@ -21,7 +25,6 @@ from .api import (
     Removed,
     Usage,
 )
-from .containers.containers import Containers
 from .errors import (
     BadName,
     BadReference,
@@ -53,15 +56,27 @@ from .errors import (
     ThinpoolError,
     ToolFailed,
 )
-from .exports import Uses
-from .exports.raw import export_raw, import_raw
-from .filesystems.rootfs import import_rootfs
-from .images.images import Images
 from .layer import Layer
 from .pool import Pool
 from .server.connect import connect
 
-Pool.register(make_uses=Uses, make_images=Images, make_containers=Containers, import_raw=import_raw, export_raw=export_raw, import_rootfs=import_rootfs)
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(import_module(f".{module}", __name__), name)(*args, **options)
+
+    return call
+
+
+# What is done with layers, loaded by the first who asks for it: most commands need little of it, and should start at once.
+Pool.register(
+    make_uses=_later("exports", "Uses"),
+    make_images=_later("images.images", "Images"),
+    make_containers=_later("containers.containers", "Containers"),
+    import_raw=_later("exports.raw", "import_raw"),
+    export_raw=_later("exports.raw", "export_raw"),
+    import_rootfs=_later("filesystems.rootfs", "import_rootfs"),
+)
 
 __version__ = "0.1.0"
 __all__ = [

@@ -26,6 +26,7 @@ from ..filesystems.ext4 import Ext4
 from ..filesystems.ext4tree import Ext4Tree
 from ..filesystems.tree import Attributes, FileTree, MountedTree
 from ..units import parse_size
+from .names import layer_stem
 
 if TYPE_CHECKING:
     from ..layer import Layer
@@ -218,11 +219,6 @@ class Containers:
         else:
             with Ext4(layer, writable=True) as files:
                 _copy_in(Ext4Tree(files), given, parts)
-
-
-def layer_stem(image: str) -> str:
-    """The part of an image's or layer's name to name containers after."""
-    return image.rsplit("/", 1)[-1].replace(":", "-").replace("@", "-")[:40]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..api import Container, PoolAPI, Size
 from ..errors import BadName, ContainerNotFound, LayerBusy, LayerState, NeedsRoot, ThinpoolError
 from ..filesystems.blank import FILESYSTEM_LABEL, grow_xfs
 from .bundle import bundle, find_runtime, owner_of, sweep
-from .containers import layer_stem
+from .names import layer_stem
 
 _REMOVE_LABEL = "thinpool.remove"  # the pid and start time of the process that will delete the layer when its command ends
 _INIT = Path(__file__).with_name("container_init.py")

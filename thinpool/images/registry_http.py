@@ -17,11 +17,6 @@ from urllib.parse import urlencode, urljoin, urlsplit
 from ..api import Credentials
 from ..errors import RegistryError
 
-try:
-    import urllib3
-except ImportError:  # the extra "registry" is not installed
-    urllib3 = None  # type: ignore[assignment]
-
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 60.0
 _TRIES = 4
 _RETRIED = (408, 429, 500, 502, 503, 504)
@@ -42,13 +37,16 @@ class Connection:
     """One registry. Threads may share it."""
 
     def __init__(self, domain: str, *, credentials: Credentials | None, insecure: bool) -> None:
-        if urllib3 is None:
-            raise RegistryError("talking to registries needs urllib3: pip install 'thinpool[registry]'")
+        try:
+            import urllib3  # here, as it takes longer to load than all of this package
+        except ImportError:
+            raise RegistryError("talking to registries needs urllib3: pip install 'thinpool[registry]'") from None
         scheme = "http" if insecure or is_loopback(domain) else "https"
         self.domain = domain
         self._base = f"{scheme}://{_HUB_HOST if domain == 'docker.io' else domain}"
         self._credentials = credentials
         self._pool: Any = urllib3.PoolManager(timeout=urllib3.Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS), retries=False, maxsize=8)
+        self._http_error = urllib3.exceptions.HTTPError
         self._authorizations: dict[str, str] = {}  # by scope
 
     def close(self) -> None:
@@ -79,7 +77,7 @@ class Connection:
             last = attempt == _TRIES - 1 or not retry
             try:
                 answer = self._authorized(method, self.url(path), scope, what, dict(headers or {}), body, stream)
-            except (urllib3.exceptions.HTTPError, OSError) as error:
+            except (self._http_error, OSError) as error:
                 if isinstance(error, RegistryError) or last:
                     raise _as_registry_error(error, f"{what}: {self.domain} cannot be reached ({_reason(error)})") from error
                 time.sleep(0.2 * 2**attempt)

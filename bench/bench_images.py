@@ -153,3 +153,25 @@ def test_equal_trees_share(debian: Path, place: Path, row: Row, policy: str, lar
         mapped, shared = taken[1]
         case, note = f"shared by an equal tree elsewhere, large files aligned: {policy}", f"{taken[0][0] >> 20} MiB of chunks"
         row(case, shared / mapped, 0.5, "of its chunks", note=note)
+
+
+@pytest.mark.parametrize("cluster_kib", [4, 16, 64])
+def test_equal_trees_share_with_bigalloc(debian: Path, place: Path, row: Row, cluster_kib: int) -> None:
+    """The same with file systems that mke2fs fills, by the size of its allocation clusters."""
+    (place / "first").mkdir()
+    (place / "second/srv/debian").mkdir(parents=True)
+    for number in range(101):
+        (place / f"second/other-{number}").write_bytes(b"\1" * (1000 + 997 * number))
+    options = ["-b", "4096", "-U", "12345678-1234-1234-1234-123456789012", "-E", "hash_seed=12345678-1234-1234-1234-123456789012"]
+    if cluster_kib > 4:
+        options += ["-O", "bigalloc", "-C", str(cluster_kib << 10)]
+    with thinpool.Pool.create(place / "pool") as pool:
+        taken = [0]
+        for name, below in (("first", ""), ("second", "srv/debian")):
+            run("tar", "-C", place / name / below, "-xf", debian)
+            run("truncate", "-s", "10G", place / f"{name}.img")
+            run("mke2fs", "-q", "-t", "ext4", *options, "-d", place / name, place / f"{name}.img")
+            pool.import_raw(place / f"{name}.img", name)
+            taken.append(pool.usage().allocated)
+        shared = 1 - (taken[2] - taken[1]) / pool.layer("second").usage().mapped
+    row(f"shared by an equal tree elsewhere, mke2fs, clusters of {cluster_kib} KiB", shared, 0.5, "of its chunks", note=f"{taken[1] >> 20} MiB of chunks")

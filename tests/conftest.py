@@ -66,9 +66,10 @@ def pool(pool_path: Path) -> Iterator[thinpool.Pool]:
 
 @pytest.fixture(params=["builtin", "crun", "runc"])
 def runtime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What containers run under, in this process and those that it starts."""
+    """What containers run under: in this process by default, and by the environment in commands."""
     if request.param != "builtin" and (lacking := missing(request.param)):
         pytest.skip(lacking)
+    monkeypatch.setattr("thinpool.containers.bundle._RUNTIMES", (request.param,) if request.param != "builtin" else ())
     monkeypatch.setenv("THINPOOL_RUNTIME", request.param)
     return str(request.param)
 

@@ -25,10 +25,10 @@ pytestmark = [needs_root(), needs_tool("busybox", "mkfs.ext4", "mkfs.xfs", "resi
 pytestmark.append(pytest.mark.usefixtures("runtime"))
 
 RUN = """
-import sys, thinpool
+import os, sys, thinpool
 from thinpool.containers.run import run_container
 with thinpool.Pool.open(sys.argv[1]) as pool:
-    sys.exit(run_container(pool, "base", ["sh", "-c", sys.argv[3]], name=sys.argv[2], remove=True))
+    sys.exit(run_container(pool, "base", ["sh", "-c", sys.argv[3]], name=sys.argv[2], remove=True, runtime=os.environ["THINPOOL_RUNTIME"]))
 """
 
 

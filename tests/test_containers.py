@@ -112,15 +112,14 @@ def test_entrypoint_and_default_command(loaded: thinpool.Pool, capfd: pytest.Cap
     assert run_container(loaded, "test:1", ["/bin/echo"], user="nobody-here", remove=True) == 126
 
 
-@pytest.mark.usefixtures("runtime")
-def test_copies_run_at_once(loaded: thinpool.Pool) -> None:
+def test_copies_run_at_once(loaded: thinpool.Pool, runtime: str) -> None:
     before = [layer.name for layer in loaded.layers()]
     script = f"""
 import sys, thinpool
 from thinpool.containers.run import run_container
 with thinpool.connect({str(loaded.path)!r}) as pool:
     command = ["sh", "-c", "echo $THINPOOL_COPY > /etc/mine; cat /etc/mine; test $THINPOOL_COPY != 3"]
-    sys.exit(run_container(pool, "test:1", command, name="t", remove=True, copies=4))
+    sys.exit(run_container(pool, "test:1", command, name="t", remove=True, copies=4, runtime={runtime!r}))
 """
     loaded.close()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
@@ -183,15 +182,14 @@ def test_copying_leads_nowhere_else(loaded: thinpool.Pool, tmp_path: Path) -> No
         loaded.containers.get("nope")
 
 
-@pytest.mark.usefixtures("runtime")
-def test_removing_by_force_kills(loaded: thinpool.Pool) -> None:
+def test_removing_by_force_kills(loaded: thinpool.Pool, runtime: str) -> None:
     path = loaded.path
     loaded.close()
     script = f"""
 import sys, thinpool
 from thinpool.containers.run import run_container
 with thinpool.connect({str(path)!r}, server=True) as pool:
-    run_container(pool, "test:1", ["sh", "-c", "echo up; sleep 1000; busybox sleep 1000"], name="c")
+    run_container(pool, "test:1", ["sh", "-c", "echo up; sleep 1000; busybox sleep 1000"], name="c", runtime={runtime!r})
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"

@@ -33,9 +33,7 @@ _QUIET = ("nosuid", "noexec", "nodev")
 
 
 def find_runtime(name: str) -> str | None:
-    """The program of that name or path; of the name "", what THINPOOL_RUNTIME says, or the first there is. ``None``: the built-in
-    namespaces. Raises ToolFailed."""
-    name = name or os.environ.get("THINPOOL_RUNTIME", "")
+    """The program of that name or path; of the name "", the first one there is. ``None``: the built-in namespaces. Raises ToolFailed."""
     if name == BUILT_IN or (not name and _in_chroot()):
         return None
     for one in (name,) if name else _RUNTIMES:

@@ -70,7 +70,7 @@ def run_container(
 
     128 and the signal's number where a signal ended it, 127 where there is no such command, 126 where it cannot be run. The container is
     named ``name`` (by default after the image) and kept, unless ``remove``. ``size``: a larger one for it, its file system is grown.
-    ``runtime``: an OCI runtime's name or path, ``builtin`` for the namespaces made here; by default what ``THINPOOL_RUNTIME`` says, crun, or runc.
+    ``runtime``: an OCI runtime's name or path, ``builtin`` for the namespaces made here; by default crun, or runc.
     ``copies``: so many at once, named NAME-1, NAME-2, …, each with its number in ``THINPOOL_COPY`` and its name before each line that it prints;
     the status is then the first that is not 0. Raises NeedsRoot, ImageNotFound, LayerExists, LayerState or ToolFailed.
     """

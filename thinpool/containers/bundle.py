@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..api import PoolAPI
 from ..errors import ToolFailed
 
 BUILT_IN = "builtin"
@@ -67,6 +68,11 @@ def bundle(
         yield [*_words(runtime, directory), "run", "--bundle", str(directory), name]
     finally:
         sweep(directory)
+
+
+def bundle_directory(pool: PoolAPI, mountpoint: str | Path) -> Path:
+    """Where the bundle of the container that is mounted there is made; all bundles are side by side."""
+    return pool.path / "run" / "bundles" / Path(mountpoint).name
 
 
 def owner_of(directory: Path) -> str:

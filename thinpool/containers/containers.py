@@ -26,6 +26,7 @@ from ..filesystems.ext4 import Ext4
 from ..filesystems.ext4tree import Ext4Tree
 from ..filesystems.tree import Attributes, FileTree, MountedTree
 from ..units import parse_size
+from .bundle import bundle_directory, sweep
 from .names import layer_stem
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class Containers:
                 os.kill(one.owner, signal.SIGKILL)  # its processes die with it, and its mount is taken down
                 while self._attachments(layer) and time.monotonic() < deadline:
                     time.sleep(0.02)
+                sweep(bundle_directory(self._pool, str(one.mountpoint)))
             elif one.mountpoint is not None:
                 layer.unmount()
             else:

@@ -25,7 +25,7 @@ from typing import Any
 from ..api import Container, PoolAPI, Size
 from ..errors import BadName, ContainerNotFound, LayerBusy, LayerState, NeedsRoot, ThinpoolError
 from ..filesystems.blank import FILESYSTEM_LABEL, grow_xfs
-from .bundle import bundle, find_runtime, owner_of, sweep
+from .bundle import bundle, bundle_directory, find_runtime, owner_of, sweep
 from .names import layer_stem
 
 _REMOVE_LABEL = "thinpool.remove"  # the pid and start time of the process that will delete the layer when its command ends
@@ -152,7 +152,7 @@ def _run_in(pool: PoolAPI, container: Container, settings: Settings, *, prefix: 
         runtime = find_runtime(settings.runtime)
         if runtime is None:
             return _spawn(task, prefix)
-        place = _bundles(pool) / directory.name
+        place = bundle_directory(pool, directory)
         owner = _process_identity(os.getpid()) or ""
         terminal = not prefix and os.isatty(0) and os.isatty(1)
         with bundle(place, runtime, directory, command, owner=owner, hostname=hostname, workdir=workdir, terminal=terminal) as words:
@@ -170,10 +170,6 @@ def _process_identity(pid: int) -> str | None:
     return f"{pid}:{fields[19]}"
 
 
-def _bundles(pool: PoolAPI) -> Path:
-    return pool.path / "run" / "bundles"
-
-
 def _is_alive(identity: str) -> bool:
     pid = identity.partition(":")[0]
     return pid.isdigit() and _process_identity(int(pid)) == identity
@@ -181,7 +177,7 @@ def _is_alive(identity: str) -> bool:
 
 def _sweep(pool: PoolAPI) -> None:
     """Removes what killed processes could not: bundles, and containers that were to go with ``--rm``."""
-    for place in _bundles(pool).glob("*"):
+    for place in bundle_directory(pool, "x").parent.glob("*"):
         if (owner := owner_of(place)) and not _is_alive(owner):
             sweep(place)
     for layer in pool.layers(_REMOVE_LABEL):

@@ -211,6 +211,20 @@ int tp_fuse_start(tp_pool *pool, int fuse_fd, unsigned threads, const tp_fuse_ca
 int tp_fuse_stop(tp_fuse *fuse); /* joins the threads and frees; after the unmount */
 int tp_fuse_resized(tp_fuse *fuse, uint64_t layer_id); /* tell the kernel that the size changed */
 
+/* --- NBD: the transmission phase of one connection, negotiated by the caller --- */
+typedef struct {
+  uint32_t id;
+  tp_layer *since;  /* thinpool:changed-since:<this layer>; NULL: base:allocation */
+} tp_nbd_context;
+typedef struct {
+  int read_only;
+  int structured;   /* structured replies were agreed on */
+  const tp_nbd_context *contexts;
+  uint64_t context_count;
+} tp_nbd_options;
+/* Serves until the client or anybody who shuts the socket down ends it; fd stays the caller's. */
+int tp_nbd_serve(tp_pool *pool, tp_layer *layer, int fd, const tp_nbd_options *options);
+
 /* cdef end */
 
 #endif

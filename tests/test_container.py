@@ -115,6 +115,7 @@ def test_killed_runner_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
     with thinpool.Pool.create(pool_path) as pool:
         import_busybox(pool, tmp_path)
     process = start(pool_path, "box", "echo ready; exec sleep 987")
+    names = [path.read_text().split()[1] for path in pool_path.glob("run/bundles/*/runtime")]
     process.kill()
     process.wait(timeout=20)
     deadline = time.monotonic() + 10
@@ -125,7 +126,7 @@ def test_killed_runner_leaves_nothing(pool_path: Path, tmp_path: Path) -> None:
         assert shell(pool, "exit 0", name="next", remove=True) == 0  # sweeps
         assert "box" not in [layer.name for layer in pool.layers()]
         assert not list(pool_path.glob("run/bundles/*"))
-    assert not list(Path("/sys/fs/cgroup").glob("**/thinpool-*"))
+    assert not [name for name in names if list(Path("/sys/fs/cgroup").glob(f"**/{name}"))]
     assert str(pool_path) not in Path("/proc/self/mounts").read_text()
 
 

@@ -194,13 +194,15 @@ with thinpool.connect({str(path)!r}, server=True) as pool:
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        names = [file.read_text().split()[1] for file in path.glob("run/bundles/*/runtime")]
         with thinpool.connect(path) as pool:
             with pytest.raises(thinpool.LayerBusy):
                 pool.containers.remove("c")
             pool.containers.remove("c", force=True)
             assert pool.containers.list() == []
     assert process.returncode == -9
-    assert not list(path.glob("run/bundles/*")) and not list(Path("/sys/fs/cgroup").glob("**/thinpool-*"))
+    assert not list(path.glob("run/bundles/*"))
+    assert not [name for name in names if list(Path("/sys/fs/cgroup").glob(f"**/{name}"))]
 
 
 @pytest.mark.usefixtures("runtime")

@@ -26,6 +26,7 @@ from .api import (
     Usage,
 )
 from .errors import (
+    BadAddress,
     BadName,
     BadReference,
     BadSize,
@@ -81,6 +82,7 @@ Pool.register(
 __version__ = "0.1.0"
 __all__ = [
     "Attachment",
+    "BadAddress",
     "BadName",
     "BadReference",
     "BadSize",

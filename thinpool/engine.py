@@ -458,6 +458,12 @@ class EngineLayer:
         chunk = int(_core.tp_chunk_at(self.pointer, index))
         return chunk if chunk >= 0 else None
 
+    def serve_nbd(self, descriptor: int, *, read_only: bool, structured: bool, contexts: Sequence[tuple[int, EngineLayer | None]]) -> None:
+        """Serves the transmission phase of an NBD connection until it ends. ``contexts``: their ids, and the layer since which changes are told."""
+        listed = _ffi.new("tp_nbd_context[]", [(number, since.pointer if since else _ffi.NULL) for number, since in contexts])
+        options = _ffi.new("tp_nbd_options *", (read_only, structured, listed, len(contexts)))
+        self.engine.check(_core.tp_nbd_serve(self.engine.pointer, self.pointer, descriptor, options), self.id)
+
     def map_unwritten(self, index: int, count: int) -> None:
         """For tests and benchmarks: maps chunks without writing any data."""
         self.engine.check(_core.tp_map_unwritten(self.pointer, index, count), self.id)

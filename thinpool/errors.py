@@ -21,6 +21,7 @@
     ├── LayerState              ValueError          the operation needs another kind of layer
     ├── OutOfRange              ValueError          past the end of the layer
     ├── BadSize, BadName        ValueError
+    ├── BadAddress              ValueError          where nobody can listen, or not without TLS
     ├── NeedsRoot               PermissionError     the kernel asks for root here (says what works without)
     ├── ImportFailed            OSError(EINVAL)     a tarball or image that cannot be taken in
     ├── ImageNotFound           KeyError
@@ -163,6 +164,10 @@ class LayerState(ThinpoolError, ValueError):
 
 class OutOfRange(ThinpoolError, ValueError):
     """An offset or length past the end of the layer."""
+
+
+class BadAddress(ThinpoolError, ValueError):
+    """Where a server cannot listen: no address, one in use, or one that other machines reach without TLS."""
 
 
 class BadSize(ThinpoolError, ValueError):

@@ -14,7 +14,7 @@ import atexit
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -451,6 +451,14 @@ class Pool:
         self._require_open()
         return [] if self._uses is None else self._uses.attachments()
 
+    def serve_nbd(self, address: str, **tls: Any) -> str:
+        """Serves all layers over NBD until the pool is closed; see :meth:`thinpool.exports.Uses.serve_nbd`."""
+        return self.uses.serve_nbd(address, **tls)
+
+    def nbd_addresses(self) -> Sequence[str]:
+        """Where NBD clients are served."""
+        return [] if self._uses is None else self._uses.nbd_addresses()
+
     def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> Layer:
         """A writable layer with the content of a raw image file or block device.
 
@@ -463,16 +471,10 @@ class Pool:
     def export_raw(self, layer: Layer, path: Path, progress: Progress | None) -> None:
         type(self)._export_raw(layer, path, progress=progress)
 
-    def import_rootfs(
-        self,
-        path: str | Path,
-        name: str,
-        *,
-        size: Size = "10G",
-        filesystem: str = "ext4",
-        labels: Mapping[str, str] | None = None,
-        progress: Progress | None = None,
-    ) -> Layer:
-        """A sealed layer with a file system of ``size`` bytes that holds the tarball's tree. Needs root for XFS. Raises ImportFailed."""
+    def import_rootfs(self, path: str | Path, name: str, **options: Any) -> Layer:
+        """A sealed layer with a file system that holds the tarball's tree; ``options`` as :class:`thinpool.api.PoolAPI` has them.
+
+        Needs root for XFS. Raises ImportFailed.
+        """
         self._require_writable()
-        return type(self)._import_rootfs(self, Path(path), name, size=size, filesystem=filesystem, labels=labels, progress=progress)
+        return type(self)._import_rootfs(self, Path(path), name, **options)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..api import PoolAPI
 from ..errors import LayerState
 from . import options
 from .options import attached, opened, pool_path
@@ -61,17 +63,27 @@ def umount(ctx: typer.Context, layer: User, pool: options.Pool = None) -> None:
 def serve(
     ctx: typer.Context,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and serve until a signal comes.")] = False,
+    nbd: Annotated[list[str] | None, typer.Option("--nbd", metavar="ADDRESS", help="Serve NBD too: unix:/path or host:port.", show_default=False)] = None,
+    tls_certificates: Annotated[Path | None, typer.Option(metavar="DIR", help="server-cert.pem, server-key.pem, ca-cert.pem.", show_default=False)] = None,
+    tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Pre-shared keys: lines user:hex.", show_default=False)] = None,
+    tls_verify_peer: Annotated[bool, typer.Option("--tls-verify-peer", help="Only clients with a certificate of ca-cert.pem.")] = False,
     pool: options.Pool = None,
 ) -> None:
-    """Start the pool's server; it stops when nothing is attached and nobody connected.
+    """Start the pool's server; it stops when nothing is attached or served by NBD and nobody connected.
 
     The verbs that need it start it by themselves. With --foreground it stays, as under systemd.
     """
     path = pool_path(ctx, pool)
+
+    def listen(p: PoolAPI) -> None:
+        for address in nbd or ():
+            print(p.serve_nbd(address, certificates=tls_certificates, keys=tls_keys, verify_peer=tls_verify_peer), flush=True)
+
     if not foreground:
         from ..server.connect import connect
 
-        connect(path, server=True).close()
+        with closing(connect(path, server=True)) as remote:
+            listen(remote)
         return
     import logging
 
@@ -80,4 +92,5 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with Pool.open(path) as opened_pool:
+        listen(opened_pool)
         serve_pool(opened_pool, stays=True)

@@ -5,7 +5,7 @@ code  meaning
 ====  ==========================================================================
 0     done
 1     failed, for a reason without a code of its own
-2     used wrongly: an unknown option, a size, a name or an image's name that cannot be
+2     used wrongly: an unknown option, a size, a name, an image's name or an address that cannot be
 3     not found: the pool, the layer, the image, the container, a file
 4     in the way: exists already, busy, needed by a container, sealed, the wrong kind of layer
 5     no space: the pool's capacity, or the host's disk
@@ -28,6 +28,7 @@ FAILED, USAGE, NOT_FOUND, IN_THE_WAY, NO_SPACE, DAMAGED, NEEDS_ROOT, NOT_RUN, IN
 _CODES: list[tuple[type[BaseException], int]] = [
     (errors.BadSize, USAGE),
     (errors.BadName, USAGE),
+    (errors.BadAddress, USAGE),
     (errors.OutOfRange, USAGE),
     (errors.BadReference, USAGE),
     (errors.ImageNotFound, NOT_FOUND),

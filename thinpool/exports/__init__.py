@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from . import loop
 from .fuse import NEEDS_ROOT, LayerTree
 from .guard import Guard
 from .mounts import filesystem_of, mount_filesystem, unmount_filesystem
+from .nbd.server import NbdServer
+from .nbd.tls import tls_context
 from .owners import Owners
 from .takedown import backing_file, device_number, remove_mountpoint, take_down_device
 
@@ -75,6 +78,8 @@ class Uses:
         self._tree: LayerTree | None = None
         self._guard: Guard | None = None
         self._owners: Owners[_Use] = Owners(self._owner_ended)
+        self._clients: Counter[int] = Counter()  # of NBD, by layer id
+        self._nbd = NbdServer(pool, self._served)
 
     # --- what there is ---
 
@@ -87,8 +92,8 @@ class Uses:
     def users(self, layer: Layer) -> tuple[str, ...]:
         """What a layer is used for, in words; nothing: it is free."""
         with self._lock:
-            use = self._uses.get(layer.id)
-        return () if use is None else (str(use),)
+            use, clients = self._uses.get(layer.id), self._clients[layer.id]
+        return (() if use is None else (str(use),)) + ((f"{clients} NBD client{'s' if clients > 1 else ''}",) if clients else ())
 
     def files(self) -> Path:
         """The directory with one live file per layer; mounted from the first call or attachment until :meth:`close`.
@@ -97,6 +102,33 @@ class Uses:
         """
         self._require_possible()
         return Path(self._running_tree().path)
+
+    # --- NBD ---
+
+    def serve_nbd(self, address: str, *, certificates: str | Path | None = None, keys: str | Path | None = None, verify_peer: bool = False) -> str:
+        """Serves all layers over NBD until :meth:`close`; where, as it is then (port 0: one that was free). See :mod:`.nbd.server`, :mod:`.nbd.tls`.
+
+        Raises BadAddress, OSError.
+        """
+        paths = [None if path is None else Path(path) for path in (certificates, keys)]
+        return self._nbd.listen(address, tls_context(*paths, verify_peer=verify_peer))
+
+    def nbd_addresses(self) -> list[str]:
+        """Where NBD clients are served."""
+        return self._nbd.addresses()
+
+    @contextmanager
+    def _served(self, layer: Layer) -> Iterator[None]:
+        with self._lock:
+            use = self._uses.get(layer.id)
+            if use is not None and not layer.sealed:
+                raise LayerBusy(f"layer {layer.name!r} is in use already: {use}", (str(use),))
+            self._clients[layer.id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._clients[layer.id] -= 1
 
     # --- making and ending uses ---
 
@@ -157,6 +189,7 @@ class Uses:
             self._closing = True
             self._settled.wait_for(lambda: all(use.state == "up" for use in self._uses.values()))
             uses = list(self._uses.values())
+        self._nbd.close()
         self._owners.close()
         for use in reversed(uses):
             self._force(use)
@@ -186,6 +219,8 @@ class Uses:
             there = self._uses.get(use.layer.id)
             if there is not None:
                 raise LayerBusy(f"layer {use.layer.name!r} is in use already: {there}", (str(there),))
+            if (clients := self._clients[use.layer.id]) and not use.layer.sealed:
+                raise LayerBusy(f"layer {use.layer.name!r} is in use already: {clients} NBD clients", ("NBD",))
             self._uses[use.layer.id] = use
         try:
             if use.owner:

@@ -134,6 +134,17 @@ class RemotePool:
         """Gives sealed layers the content digests that they lack, and lets equal ones share all."""
         follow(self._transport.lines("POST", "/pool/digests"), progress)
 
+    def serve_nbd(self, address: str, *, certificates: str | Path | None = None, keys: str | Path | None = None, verify_peer: bool = False) -> str:
+        """Lets the server serve all layers over NBD until it stops, and with that it stays. Raises BadAddress."""
+        local = address.startswith("unix:") or "/" in address
+        where = f"unix:{os.path.abspath(address.removeprefix('unix:'))}" if local else address
+        paths = {name: None if path is None else os.path.abspath(path) for name, path in (("certificates", certificates), ("keys", keys))}
+        return str(self._transport.json("POST", "/pool/nbd", {"address": where, "verify_peer": verify_peer, **paths}))
+
+    def nbd_addresses(self) -> list[str]:
+        """Where NBD clients are served."""
+        return list(self._transport.json("GET", "/pool/nbd"))
+
     def close(self) -> None:
         """Lets the server go; it stays as long as somebody needs it. Later calls raise PoolClosed."""
         self._transport.close()

@@ -6,7 +6,7 @@
 
 The pool's lock decides who may start; only its holder touches the socket's name, so a socket left by a killed server is
 simply replaced. The starter waits on a pipe: it gets one JSON line, ``{"ready": pid}`` once the socket accepts, or
-``{"error": …}``. The server ends by itself when no connection, no request and no attachment has been there for
+``{"error": …}``. The server ends by itself when no connection, no request, no attachment and no NBD address has been there for
 IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT. Before it ends by itself it
 closes the gate, and looks at the attachments only then: a request is either answered or turned away, never lost.
 """
@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
             return False
         self._gate.closed = True
         try:
-            self._gate.closed = not self._pool.attachments()
+            self._gate.closed = not self._pool.attachments() and not self._pool.nbd_addresses()
         except Exception:
             _log.exception("the attachments cannot be read")
         return self._gate.closed

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from ..api import LayerAPI
-from .state import GateOf, Labels, LayersOf, Name, NameOrId, PoolOf, SizeField
+from .state import Flag, GateOf, Labels, LayersOf, Name, NameOrId, OptionalName, PoolOf, SizeField
 from .streams import extent_lines, work_lines
 from .wire import Json, records_of
 
@@ -50,6 +50,18 @@ def reclaim(pool: PoolOf) -> None:
 async def compute_digests(gate: GateOf, pool: PoolOf) -> StreamingResponse:
     """Computes the content digests that sealed layers lack."""
     return work_lines(gate, pool.compute_digests)
+
+
+@router.post("/pool/nbd")
+def serve_nbd(pool: PoolOf, address: Name, certificates: OptionalName = None, keys: OptionalName = None, verify_peer: Flag = None) -> str:
+    """Serves all layers over NBD too."""
+    return pool.serve_nbd(address, certificates=certificates, keys=keys, verify_peer=bool(verify_peer))
+
+
+@router.get("/pool/nbd")
+def nbd_addresses(pool: PoolOf) -> list[str]:
+    """Where NBD clients are served."""
+    return list(pool.nbd_addresses())
 
 
 @router.get("/attachments")

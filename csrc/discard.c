@@ -1,5 +1,6 @@
 /* discard.c - blocks become holes: whole leaves are cut off, whole blocks unmapped and punched, ragged ends zeroed. */
 #include "io.h"
+#include "redo.h"
 
 /* Blocks [first, end) of one chunk. Lock held exclusively, mutex held on entry and return. What is ours alone is also
  * punched, so that the host gets its blocks back at once. */
@@ -25,6 +26,7 @@ static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsig
   split->own = own_named ? own : 0;
   if (empty) free(split);
   replace_entry(layer, leaf, i, empty ? 0 : split_entry(split));
+  redo_note(layer, REDO_HOLE, index * pool->blocks + first, end - first, 0);
   if (!ours || !own_named) return TP_OK;
   bit_set(leaf->mine, i);
   pthread_mutex_unlock(&pool->mutex);
@@ -67,6 +69,8 @@ static int discard_step(tp_layer *layer, uint64_t *offset, uint64_t end) {
   uint64_t leaf_end = min_u64(end, (here + 1) * span);
   bool whole = *offset == here * span && (leaf_end == (here + 1) * span || leaf_end == layer->size);
   rc = whole ? map_cut_leaf(layer, here) : discard_in_leaf(layer, *offset, leaf_end);
+  uint64_t leaf_blocks = (uint64_t)FANOUT * pool->blocks;
+  if (whole && rc == TP_OK) redo_note(layer, REDO_HOLE, here * leaf_blocks, leaf_blocks, 0);
   if (rc == TP_OK) *offset = leaf_end;
   return rc;
 }

@@ -7,6 +7,7 @@
  *   any --- tp_pool_close --> CLOSED
  */
 #include "io.h"
+#include "redo.h"
 
 #define SIZE_MAX_BYTES ((uint64_t)1 << 60)
 
@@ -219,6 +220,7 @@ static int set_size(tp_layer *layer, uint64_t size) {
     record_touch(layer->pool, &layer->rec);
     layer->size = size;
     layer->durable_size = min_u64(layer->durable_size, size);
+    redo_note(layer, REDO_SIZE, 0, size, 0);
     pthread_mutex_unlock(&layer->pool->mutex);
   }
   pthread_rwlock_unlock(&layer->lock);
@@ -269,6 +271,7 @@ int tp_layer_reset(tp_layer *layer, tp_layer *source) {
     layer->mapped_refs = source->mapped_refs;
     layer->size = max_u64(layer->size, source->size);
     layer->epoch = ++pool->next_epoch;
+    redo_note(layer, REDO_STOP, 0, 0, 0);
     pthread_cond_signal(&pool->work);
   }
   cache_trim(pool, layer);

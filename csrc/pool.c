@@ -1,6 +1,7 @@
 /* pool.c - opening and closing a pool, its figures, and waiting for background work. */
 #define _GNU_SOURCE /* fallocate */
 #include "pool.h"
+#include "redo.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -63,7 +64,9 @@ static int load_state(tp_pool *pool) {
   pool->space.pages = codec_get_varint(&in);
   pool->space.allocated = codec_get_varint(&in);
   pool->space.dirty = codec_get_varint(&in);
+  if (in.position < in.length) pool->txn = codec_get_varint(&in) + 1; /* earlier versions did not store it */
   if (in.bad) return tp_error_record(TP_ECORRUPT, TP_STATE, 0);
+  pool->durable_txn = pool->txn - 1;
   int64_t size = pool->disk.size(pool->disk.ctx);
   if (size < 0) return tp_error_os(size);
   if ((uint64_t)size < pool->space.pages * PAGE_VALUES << pool->chunk_shift) return tp_error_set(TP_ECORRUPT);
@@ -210,6 +213,7 @@ void tp_pool_close(tp_pool *pool) {
   if (!was_closed) {
     drain(pool, layers, count, true);
     pthread_mutex_lock(&pool->mutex);
+    redo_close(pool);
     free_dead(pool);
     cache_free_all(pool);
     space_free(pool);

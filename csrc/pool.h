@@ -75,6 +75,8 @@ struct tp_pool {
   size_t encoded;             /* how many of frozen tp_encode has done */
   struct bytes out, handed;   /* records encoded; given to the store */
   struct bytes fetched;
+  struct redo *redo; /* redo.h; NULL: none */
+  bool noting;       /* changes are noted in it */
 
   _Atomic uint64_t splits, in_place, first_writes, window_waits, fetches;
 };
@@ -90,8 +92,10 @@ void pool_unref(struct tp_pool *pool); /* mutex held on entry, not on return */
 static inline bool pool_is_dirty(const struct tp_pool *pool) { return pool->dirty.count > 0 || pool->state_dirty; }
 /* More is dirty than memory should hold, or freed than tp_release should do at once: commit before going on. */
 #define FREED_PER_COMMIT ((uint64_t)1 << 17)
+bool redo_is_full(const struct tp_pool *pool); /* redo.c */
 static inline bool pool_is_overdue(const struct tp_pool *pool) {
-  return pool->dirty.count * sizeof(struct node) > pool->cache.limit / 2 || pool->space.freed_now > FREED_PER_COMMIT;
+  return pool->dirty.count * sizeof(struct node) > pool->cache.limit / 2 || pool->space.freed_now > FREED_PER_COMMIT ||
+         redo_is_full(pool);
 }
 
 /* The piece of a chunk reaches behind the durable end of the layer. */

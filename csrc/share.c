@@ -6,6 +6,7 @@
  * the comparison is done the importing layer is not to be read by anybody else.
  */
 #include "io.h"
+#include "redo.h"
 
 int tp_map_shared(tp_layer *layer, uint64_t index, uint64_t chunk) {
   tp_pool *pool = layer->pool;
@@ -27,6 +28,7 @@ int tp_map_shared(tp_layer *layer, uint64_t index, uint64_t chunk) {
         uint64_t old = leaf->entry[i];
         map_set_entry(layer, leaf, i, chunk + 1);
         entry_release(pool, old);
+        redo_note(layer, REDO_SHARED, index * pool->blocks, pool->blocks, chunk);
       }
       if (rc == TP_OK) rc = 1;
     }
@@ -65,6 +67,7 @@ static int map_one(tp_layer *layer, uint64_t index, bool *overdue) {
   layer->next_chunk = chunk + 1;
   space_map(pool, chunk);
   replace_entry(layer, leaf, index % FANOUT, chunk + 1);
+  redo_note(layer, REDO_CHUNKS, index * pool->blocks, pool->blocks, chunk);
   *overdue = pool_is_overdue(pool);
   return TP_OK;
 }

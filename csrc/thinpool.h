@@ -181,6 +181,12 @@ int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader);
 void tp_fail(tp_pool *pool, int error); /* error mode, for good */
 void tp_touch(tp_pool *pool);           /* the caller has records of its own for the open transaction: a flush must commit */
 
+/* --- surviving the process: map changes since the last commit are noted in a memory file (memfd_create) that somebody else keeps
+ *     open too. Before anything else is done with the pool: do again what the file has (returns how many notes), flush,
+ *     begin to note. fd may be closed after tp_redo_open --- */
+int64_t tp_redo_open(tp_pool *pool, int fd);
+int tp_redo_begin(tp_pool *pool);
+
 /* --- background work --- */
 /* Waits up to timeout_ms for work; returns a set of tp_work bits (0: none), or TP_ECLOSED. */
 enum tp_work { TP_WORK_WINDOW = 1, TP_WORK_RECLAIM = 2, TP_WORK_PUNCH = 4, TP_WORK_COMMIT = 8, TP_WORK_OVERDUE = 16 };

@@ -7,6 +7,7 @@
  * At most one transaction is frozen at a time. Its number's parity names what belongs to it.
  */
 #include "io.h"
+#include "redo.h"
 
 #define ENCODE_BATCH 256u /* records encoded per hold of the mutex */
 
@@ -18,6 +19,7 @@ static void encode_state(tp_pool *pool) {
   codec_put_varint(out, pool->space.pages);
   codec_put_varint(out, pool->space.allocated);
   codec_put_varint(out, pool->space.dirty);
+  codec_put_varint(out, pool->txn - 1); /* the frozen transaction */
   record_end(out, begin);
   if (!pool->reclaim.changed) return;
   begin = record_begin(out, TP_STATE, 1, pool->reclaim.count == 0);
@@ -34,6 +36,7 @@ int tp_freeze(tp_pool *pool, uint64_t *txn) {
   assert(rc != TP_OK || !pool->freezing);
   if (rc == TP_OK) {
     *txn = pool->txn++;
+    redo_freeze(pool);
     pool->freezing = true;
     rc = pool_is_dirty(pool);
     struct record_list empty = pool->frozen; /* keeps its memory */
@@ -97,6 +100,7 @@ int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader) {
   pool->frozen.count = 0;
   space_release(pool, txn & 1, store_txn, oldest_reader);
   pool->durable_txn = txn;
+  redo_release(pool, txn);
   pool->freezing = false;
   cache_trim(pool, NULL);
   pthread_cond_signal(&pool->work);

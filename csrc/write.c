@@ -7,6 +7,7 @@
  *   3. under the mutex: let the entry name them.
  */
 #include "io.h"
+#include "redo.h"
 
 struct target {
   struct node *leaf;
@@ -125,7 +126,7 @@ void replace_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t entr
   if (entry_is_split(old)) free(entry_split(old));
 }
 
-static int name_target(tp_layer *layer, const struct target *t, unsigned offset, unsigned length) {
+static int name_target(tp_layer *layer, uint64_t index, const struct target *t, unsigned offset, unsigned length) {
   struct tp_pool *pool = layer->pool;
   int rc = entry_load_counts(pool, t->entry); /* they may have been trimmed meanwhile */
   if (rc != TP_OK) return rc;
@@ -134,6 +135,9 @@ static int name_target(tp_layer *layer, const struct target *t, unsigned offset,
   uint64_t entry = make_entry(pool, t, first, last);
   if (entry_is_split(entry) && t->fresh) pool->splits++;
   if (t->entry == 0) pool->first_writes++;
+  bool whole = !entry_is_split(entry);
+  uint64_t block = index * pool->blocks;
+  redo_note(layer, REDO_CHUNKS, whole ? block : block + first, whole ? pool->blocks : last - first + 1, t->chunk);
   replace_entry(layer, t->leaf, t->i, entry);
   if (t->mine) bit_set(t->leaf->mine, t->i);
   return TP_OK;
@@ -152,7 +156,7 @@ int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned lengt
     return rc;
   }
   pthread_mutex_lock(&pool->mutex);
-  if (rc == TP_OK) rc = name_target(layer, &t, offset, length);
+  if (rc == TP_OK) rc = name_target(layer, index, &t, offset, length);
   if (rc != TP_OK && t.fresh) space_untake(pool, t.chunk);
   cache_trim(pool, layer);
   *overdue = pool_is_overdue(pool);
@@ -195,6 +199,7 @@ int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *bu
     if (mine) bit_set(leaf->mine, i + k);
   }
   if (rc == TP_OK) {
+    redo_note(layer, REDO_CHUNKS, index * pool->blocks, (uint64_t)n * pool->blocks, first);
     layer->next_chunk = first + n;
     pool->first_writes += n;
     *done = n;

@@ -308,6 +308,16 @@ class Engine:
         """What a clean close stores: no chunk is handed out that a commit does not know."""
         return STATE, _WINDOW_KEY.to_bytes(8, "big"), None
 
+    def redo(self, descriptor: int) -> int:
+        """Does again what a killed process had not committed, from the memory file that it noted this in, and notes there from now on.
+
+        The first thing to be done with an engine; commits. Returns how many notes there were.
+        """
+        count = self.check(_core.tp_redo_open(self.pointer, descriptor))
+        self.flush()
+        _core.tp_redo_begin(self.pointer)
+        return count
+
     # --- background work ---
 
     def wait_work(self, timeout_seconds: float) -> int:

@@ -34,8 +34,6 @@ from .units import format_size, parse_size
 
 CHUNK_SIZE_MIN, CHUNK_SIZE_MAX = 4 << 10, 4 << 20
 LAYER_SIZE_MAX = 1 << 60
-
-
 _open_pools: WeakSet[Pool] = WeakSet()
 
 
@@ -64,7 +62,7 @@ class Pool:
 
     # --- opening and closing ---
 
-    def __init__(self, files: PoolFiles, store: Metadata, *, read_only: bool = False, background: bool = True, **engine_options: Any) -> None:
+    def __init__(self, files: PoolFiles, store: Metadata, *, read_only: bool = False, background: bool = True, redo: int = -1, **engine_options: Any) -> None:
         """Use :meth:`create` or :meth:`open`. What tests put in place of the disk below comes through ``engine_options``."""
         self._files, self._store = files, store
         self._read_only = read_only
@@ -85,6 +83,8 @@ class Pool:
             **engine_options,
         )
         self._committer.engine = self._engine
+        if redo >= 0:
+            self._engine.redo(redo)
         self._housekeeper: Housekeeper | None = None
         self._digester = Digester(self)
         _open_pools.add(self)
@@ -127,11 +127,11 @@ class Pool:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path, read_only: bool = False, *, background: bool = True, cache_size: Size = "64M") -> Pool:
+    def open(cls, path: str | Path, read_only: bool = False, *, background: bool = True, cache_size: Size = "64M", redo: int = -1) -> Pool:
         """Opens a pool; the same time whatever it holds, also after a crash.
 
         ``background=False`` leaves commits and reclaiming to explicit calls (:meth:`commit`, :meth:`reclaim`); ``cache_size`` bounds
-        the maps in memory. Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
+        the maps in memory; ``redo``: a memory file that another process keeps too, so that a kill loses nothing. Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
         """
         files = PoolFiles(Path(path))
         files.require_pool()
@@ -142,7 +142,7 @@ class Pool:
             files.open_data(read_only=read_only)
             store = Metadata(files.meta, read_only=read_only)
             undo.callback(store.close)
-            pool = cls(files, store, read_only=read_only, background=background, cache_bytes=parse_size(cache_size))
+            pool = cls(files, store, read_only=read_only, background=background, redo=redo, cache_bytes=parse_size(cache_size))
             undo.pop_all()
             return pool
 

@@ -30,7 +30,8 @@ RANKS = {
     "__init__": 13,
     "cli": 14,
 }
-HEADER_RANKS = {"thinpool": 0, "common": 1, "nbd": 1, "codec": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7, "redo": 8, "fuse": 8}
+HEADER_RANKS = {"thinpool": 0, "common": 1, "nbd": 1, "codec": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7}
+HEADER_RANKS |= {"redo": 8, "fuse": 8}
 FORBIDDEN_NAMES = re.compile(r"utils?|helpers?|manager|misc|common_utils", re.IGNORECASE)
 
 

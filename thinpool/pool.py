@@ -131,7 +131,7 @@ class Pool:
         """Opens a pool; the same time whatever it holds, also after a crash.
 
         ``background=False`` leaves commits and reclaiming to explicit calls (:meth:`commit`, :meth:`reclaim`); ``cache_size`` bounds
-        the maps in memory; ``redo``: a memory file that another process keeps too, so that a kill loses nothing. Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
+        the maps in memory; ``redo`` is as :meth:`Engine.redo` has it. Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
         """
         files = PoolFiles(Path(path))
         files.require_pool()

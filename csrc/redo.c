@@ -16,6 +16,7 @@
 struct head {
   _Atomic uint64_t txn;
   _Atomic uint64_t used; /* bytes */
+  _Atomic uint64_t cut;  /* there was no room for all notes */
 };
 struct redo {
   struct head head[2];
@@ -37,8 +38,11 @@ void redo_note(tp_layer *layer, enum redo_kind kind, uint64_t block, uint64_t co
   unsigned parity = pool->txn & 1;
   struct head *head = &pool->redo->head[parity];
   uint64_t used = head->used;
-  /* Whoever changes maps without looking whether a commit is due fills it: what came until here still holds. */
-  if (used + sizeof(struct note) > HALF_BYTES) return;
+  /* Whoever changes maps without looking whether a commit is due fills it: what came until here still holds, and nothing after it. */
+  if (used + sizeof(struct note) > HALF_BYTES) {
+    head->cut = 1;
+    return;
+  }
   notes(pool->redo, parity)[used / sizeof(struct note)] = (struct note){kind, layer->rec.key, block, count, chunk};
   head->used = used + sizeof(struct note);
 }
@@ -47,6 +51,7 @@ void redo_freeze(struct tp_pool *pool) {
   if (!pool->noting) return;
   struct head *head = &pool->redo->head[pool->txn & 1];
   head->used = 0;
+  head->cut = 0;
   head->txn = pool->txn;
 }
 
@@ -223,7 +228,8 @@ int64_t tp_redo_open(tp_pool *pool, int fd) {
     unsigned parity = older ^ k;
     if (redo->head[parity].txn <= last) continue;
     rc = redo_half(&again, parity);
-    pool->txn = redo->head[parity].txn; /* what stores these changes says that they are done */
+    pool->txn = max_u64(redo->head[0].txn, redo->head[1].txn); /* what is stored says that all are done */
+    if (redo->head[parity].cut) break;
   }
   free(again.stopped);
   if (rc != TP_OK) redo_close(pool);

@@ -8,7 +8,7 @@
  *
  * Notes are of layers that existed at the last commit: blocks that name a chunk from now on, holes, sizes. They say what
  * an entry became, not how: doing them in order on the committed maps gives the maps that were lost, but for what layers were
- * created, branched, sealed or deleted. What one note cannot be done of a layer, all later ones of that layer are left out.
+ * created, branched, sealed or deleted. Where a note cannot be done, all later ones of its layer are left out.
  */
 #ifndef TP_REDO_H
 #define TP_REDO_H

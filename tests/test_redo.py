@@ -215,6 +215,35 @@ def test_sizes_and_whole_leaves(pool_path: Path, redo: int) -> None:
         assert disk.pread(12 << 20, 0) == expected
 
 
+def test_nothing_is_done_after_notes_that_are_missing(pool_path: Path, redo: int) -> None:
+    """More notes than there is room for, as by an import without commits: what came first is done, and what came after the gap is not."""
+    count = 420_000
+    with Pool.create(pool_path, "4K") as pool:
+        pool.create_layer("disk", count * BLOCK).pwrite(b"1" * BLOCK, 0)
+
+    def work(pool: Pool) -> None:
+        disk = pool.layer("disk")
+        chunk = disk.handle.chunk_at(0)
+        assert chunk is not None
+        for index in range(1, count):
+            disk.handle.map_shared(index, chunk)
+        pool.engine.freeze()  # and the commit does not end
+        disk.pwrite(b"2" * BLOCK, 0)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            pool = Pool.open(pool_path, background=False, redo=redo)
+            work(pool)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with Pool.open(pool_path, redo=redo) as pool:
+        disk = pool.layer("disk")
+        assert disk.pread(2 * BLOCK, 0) == b"1" * 2 * BLOCK
+        assert disk.pread(BLOCK, (count - 1) * BLOCK) == bytes(BLOCK)
+
+
 def test_a_reset_ends_a_layers_notes(pool_path: Path, redo: int) -> None:
     """Its content from then on cannot be told by notes: it goes back to what it was before, never to a mixture."""
     with Pool.create(pool_path) as pool:

@@ -309,12 +309,13 @@ class Engine:
         return STATE, _WINDOW_KEY.to_bytes(8, "big"), None
 
     def redo(self, descriptor: int) -> int:
-        """Does again what a killed process had not committed, from the memory file that it noted this in, and notes there from now on.
-
-        The first thing to be done with an engine; commits. Returns how many notes there were.
-        """
-        count = self.check(_core.tp_redo_open(self.pointer, descriptor))
-        self.flush()
+        """Does again what a killed process noted in this memory file and had not committed, commits, and notes there from now on. How many notes."""
+        try:
+            count = self.check(_core.tp_redo_open(self.pointer, descriptor))
+            self.flush()
+        except BaseException:
+            self.close()  # half of it must not be committed
+            raise
         _core.tp_redo_begin(self.pointer)
         return count
 

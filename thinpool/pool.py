@@ -83,10 +83,10 @@ class Pool:
             **engine_options,
         )
         self._committer.engine = self._engine
-        if redo >= 0:
-            self._engine.redo(redo)
         self._housekeeper: Housekeeper | None = None
         self._digester = Digester(self)
+        if redo >= 0:
+            self._engine.redo(redo)
         _open_pools.add(self)
         if not read_only:
             store.use_features()

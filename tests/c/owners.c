@@ -162,6 +162,9 @@ static void step_resize(struct owner *owner) {
     CHECK(size < owner->live.size, "growing needs no space");
   } else {
     CHECK(is_over(rc), "resize: %d", rc);
+    uint64_t now = tp_layer_size(owner->live.layer); /* a stop may come after a smaller size was set */
+    CHECK(now == owner->live.size || now == size, "size %lu, neither the old nor the new one", now);
+    owner->live.size = now;
     owner->doubt = (struct range){size, UINT64_MAX};
   }
 }
@@ -312,7 +315,6 @@ static void reopen(struct owner *owner, struct model *model, tp_pool *pool) {
   if (model->id == 0) return;
   int rc = tp_layer_get(pool, model->id, &model->layer);
   CHECK(rc == TP_OK, "layer %lu is gone: %d", model->id, rc);
-  /* A resize that the stop cut short has changed the size or not. */
   CHECK(tp_layer_size(model->layer) == model->size, "size of layer %lu", model->id);
   compare(owner, model, (struct range){0, model->size});
 }

@@ -1,22 +1,25 @@
 /* fuse.c - the FUSE server's side of /dev/fuse: threads, INIT, dispatch, start and stop.
  *
  * It speaks the kernel's protocol (linux/fuse.h) without a library: a handful of operations, full control over
- * buffers and threads, and a connection that is nothing but a descriptor. Each thread has its own queue of the
- * connection (FUSE_DEV_IOC_CLONE) and one buffer. A request is read so that the data of a WRITE begins on a page;
+ * buffers and threads, and a connection that is nothing but descriptors. Each thread has its own queue of the
+ * connection (a clone) and one buffer. A request is read so that the data of a WRITE begins on a page;
  * the data of a READ is read into the same page-aligned place and answered together with its header by writev.
  *
  * The threads sleep in read() until there is work. They end when the connection ends: the file system is unmounted
  * everywhere, or aborted (umount2 with MNT_FORCE).
+ *
+ * The process may be killed at any instruction, and another goes on with the same descriptors: a request that was read
+ * and not answered stays with the kernel as long as somebody has that descriptor open, and is asked again on demand
+ * (FUSE_NOTIFY_RESEND). All requests that change anything may be done twice. The threads' memory is locked: the kernel ends a
+ * request with EIO if it cannot copy it into a page that is not there, and for a thread that is being killed it brings none in.
  */
 #define _GNU_SOURCE 1
 #include "fuse.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/uio.h>
@@ -24,6 +27,8 @@
 #include <unistd.h>
 
 #define PAGE 4096u
+/* Newer than the protocol header of the oldest system this builds on. */
+#define FUSE_NOTIFY_RESEND 7
 #define HEAD_SIZE (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in)) /* in front of a WRITE's data */
 #define MEMORY_SIZE (PAGE + FUSE_IO_MAX)
 
@@ -95,44 +100,42 @@ static void *work(void *argument) {
 
 /* --- threads --- */
 
-/* A queue of its own for a thread; the connection's descriptor itself where that cannot be had. */
-static int clone_connection(int fuse_fd) {
-  int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
-  if (fd < 0) return fuse_fd;
-  uint32_t source = (uint32_t)fuse_fd;
-  if (ioctl(fd, FUSE_DEV_IOC_CLONE, &source) == 0) return fd;
-  close(fd);
-  return fuse_fd;
-}
-
-static int start_worker(tp_fuse *fuse, struct fuse_worker *worker) {
+static int start_worker(tp_fuse *fuse, struct fuse_worker *worker, int fd) {
   worker->fuse = fuse;
-  worker->memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  worker->fd = fd;
+  worker->memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
   if (worker->memory == MAP_FAILED) return TP_ENOMEM;
+  (void)mlock(worker->memory, MEMORY_SIZE); /* without the right to lock as much, it is there all the same, most of the time */
+  (void)madvise(worker->memory, MEMORY_SIZE, MADV_DONTFORK); /* a fork would have it copied at the next write */
   worker->payload = worker->memory + PAGE;
-  worker->fd = fuse->worker_count == 0 ? fuse->fd : clone_connection(fuse->fd);
   if (pthread_create(&worker->thread, NULL, work, worker) == 0) return TP_OK;
-  if (worker->fd != fuse->fd) close(worker->fd);
   munmap(worker->memory, MEMORY_SIZE);
   return TP_ENOMEM;
 }
 
-int tp_fuse_start(tp_pool *pool, int fuse_fd, unsigned threads, const tp_fuse_callbacks *callbacks, tp_fuse **out) {
-  if (threads == 0 || threads > 256 || fuse_fd < 0) return TP_EINVAL;
+/* Lets the kernel hand out again what the threads of another process had read and not answered: before any of ours reads. */
+static int resend(int fd) {
+  struct fuse_out_header notice = {.len = sizeof notice, .error = FUSE_NOTIFY_RESEND};
+  return write(fd, &notice, sizeof notice) == sizeof notice ? TP_OK : TP_EIO;
+}
+
+int tp_fuse_start(tp_pool *pool, const int *fds, unsigned count, int resume, const tp_fuse_callbacks *callbacks, tp_fuse **out) {
+  if (count == 0 || count > 256) return TP_EINVAL;
   tp_pool_info info;
   int code = tp_pool_get_info(pool, &info);
+  if (code == TP_OK && resume) code = resend(fds[0]);
   if (code < 0) return code;
-  tp_fuse *fuse = calloc(1, sizeof *fuse + threads * sizeof fuse->workers[0]);
+  tp_fuse *fuse = calloc(1, sizeof *fuse + count * sizeof fuse->workers[0]);
   if (fuse == NULL) return TP_ENOMEM;
-  *fuse = (tp_fuse){.pool = pool, .callbacks = *callbacks, .fd = fuse_fd, .uid = geteuid(), .gid = getegid(),
+  *fuse = (tp_fuse){.pool = pool, .callbacks = *callbacks, .fd = fds[0], .uid = geteuid(), .gid = getegid(),
                     .chunk_size = info.chunk_size, .started_ns = fuse_now_ns()};
   fuse_nodes_init(&fuse->nodes);
   /* Signals are for the program's own threads. */
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  while (fuse->worker_count < threads && code == TP_OK) {
-    code = start_worker(fuse, &fuse->workers[fuse->worker_count]);
+  while (fuse->worker_count < count && code == TP_OK) {
+    code = start_worker(fuse, &fuse->workers[fuse->worker_count], fds[fuse->worker_count]);
     if (code == TP_OK) fuse->worker_count++;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -141,7 +144,7 @@ int tp_fuse_start(tp_pool *pool, int fuse_fd, unsigned threads, const tp_fuse_ca
     free(fuse);
     return code;
   }
-  *out = fuse; /* fewer threads than asked for do as well */
+  *out = fuse; /* fewer threads than asked for do as well: the kernel gives a request to whichever reads */
   return TP_OK;
 }
 
@@ -149,7 +152,6 @@ int tp_fuse_stop(tp_fuse *fuse) {
   for (unsigned i = 0; i < fuse->worker_count; i++) {
     struct fuse_worker *worker = &fuse->workers[i];
     pthread_join(worker->thread, NULL);
-    if (worker->fd != fuse->fd) close(worker->fd);
     munmap(worker->memory, MEMORY_SIZE);
   }
   fuse_nodes_clear(&fuse->nodes);

@@ -40,7 +40,7 @@ struct fuse_nodes {
 struct fuse_worker {
   tp_fuse *fuse;
   pthread_t thread;
-  int fd;           /* this thread's own queue of the connection, or the connection's first descriptor */
+  int fd;           /* this thread's own queue of the connection */
   uint8_t *memory;  /* the mapping */
   uint8_t *payload; /* page-aligned, FUSE_IO_MAX bytes: what WRITE brought, or what READ answers with */
 };

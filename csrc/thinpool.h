@@ -212,8 +212,9 @@ typedef struct {
   int (*list)(void *ctx, uint64_t from, tp_fuse_listing *out);
 } tp_fuse_callbacks;
 int tp_fuse_list(tp_fuse_listing *out, uint64_t layer_id, const char *name); /* 0: no room, stop */
-/* fuse_fd: /dev/fuse, already mounted; stays the caller's, who keeps it open until tp_fuse_stop has returned. */
-int tp_fuse_start(tp_pool *pool, int fuse_fd, unsigned threads, const tp_fuse_callbacks *callbacks, tp_fuse **out);
+/* fds: /dev/fuse, already mounted, and clones of it (FUSE_DEV_IOC_CLONE), each served by a thread; they stay the caller's, who keeps them
+ * open until tp_fuse_stop has returned. resume: another process served them before; what it had not answered is asked again. */
+int tp_fuse_start(tp_pool *pool, const int *fds, unsigned count, int resume, const tp_fuse_callbacks *callbacks, tp_fuse **out);
 int tp_fuse_stop(tp_fuse *fuse); /* joins the threads and frees; after the unmount */
 int tp_fuse_resized(tp_fuse *fuse, uint64_t layer_id); /* tell the kernel that the size changed */
 

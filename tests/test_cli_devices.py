@@ -137,24 +137,6 @@ def test_a_running_container_is_seen_and_kept(command: Command, tarball: Path) -
     wait_until(lambda: command.json("ls") == [])
 
 
-def test_a_killed_server_leaves_nothing_behind(command: Command) -> None:
-    command("create", "disk", "64M")
-    device = command("attach", "disk").strip()
-    subprocess.run(["mkfs.ext4", "-q", device], check=True)
-    place = command.directory / "place"
-    place.mkdir()
-    command("detach", "disk")
-    command("mount", "disk", place)
-    (place / "file").write_text("x")
-    pid = server_pid(command)
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: in_use(command.directory) == [])
-    assert command.json("ps") == []
-    device = command("attach", "disk").strip()
-    subprocess.run(["e2fsck", "-fp", device], capture_output=True, check=False)
-    subprocess.run(["e2fsck", "-fn", device], capture_output=True, check=True)
-
-
 def test_sigterm_takes_everything_down(command: Command) -> None:
     command("create", "disk", "64M")
     command("create", "disk2", "64M")

@@ -57,7 +57,7 @@ def kernel(pool: thinpool.Pool) -> Iterator[Kernel]:
     ours.settimeout(20)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
-    server = FuseServer(pool, theirs.fileno())
+    server = FuseServer(pool, [theirs.fileno()] * 8)
     yield Kernel(ours)
     ours.close()
     server.stop()

@@ -33,6 +33,10 @@ def is_running(pid: int) -> bool:
     return "(zombie)" not in Path(f"/proc/{pid}/status").read_text()
 
 
+def children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
 def started_server(path: Path) -> tuple[RemotePool, int]:
     pool = connect(path, server=True)
     assert isinstance(pool, RemotePool)
@@ -108,12 +112,13 @@ def test_sigterm_closes_the_pool(path: Path) -> None:
         assert local.layer("a").pread(4, 0) == b"kept"
 
 
-def test_a_killed_server_leaves_a_pool_that_opens(path: Path) -> None:
+def test_a_server_killed_with_its_keeper_leaves_a_pool_that_opens(path: Path) -> None:
     pool, pid = started_server(path)
     layer = pool.create_layer("a", "1M")
     layer.pwrite(b"kept", 0)
     layer.flush()
-    os.kill(pid, signal.SIGKILL)
+    for victim in (*children(pid), pid):
+        os.kill(victim, signal.SIGKILL)
     wait_until(lambda: not is_running(pid))
     assert (path / "server.sock").exists()  # stale
     with thinpool.connect(path) as local:

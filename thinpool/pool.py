@@ -127,18 +127,19 @@ class Pool:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path, read_only: bool = False, *, background: bool = True, cache_size: Size = "64M", redo: int = -1) -> Pool:
+    def open(cls, path: str | Path, read_only: bool = False, *, background: bool = True, cache_size: Size = "64M", redo: int = -1, lock: int = -1) -> Pool:
         """Opens a pool; the same time whatever it holds, also after a crash.
 
-        ``background=False`` leaves commits and reclaiming to explicit calls (:meth:`commit`, :meth:`reclaim`); ``cache_size`` bounds
-        the maps in memory; ``redo`` is as :meth:`Engine.redo` has it. Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
+        ``background=False`` leaves commits and reclaiming to explicit calls; ``cache_size`` bounds the maps in memory; ``redo`` is as
+        :meth:`Engine.redo` has it; ``lock``: the :attr:`lock_fd` of a process before this one.
+        Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
         """
         files = PoolFiles(Path(path))
         files.require_pool()
         with ExitStack() as undo:
             undo.callback(files.close)
             if not read_only:
-                files.lock()
+                files.lock(lock)
             files.open_data(read_only=read_only)
             store = Metadata(files.meta, read_only=read_only)
             undo.callback(store.close)
@@ -208,21 +209,20 @@ class Pool:
         return self._read_only
 
     @property
+    def lock_fd(self) -> int:
+        """The descriptor that makes this process the pool's writer."""
+        return self._files.lock_fd
+
+    @property
     def engine(self) -> Engine:
         """The data plane, for exports that serve layers from C."""
         return self._engine
 
     def usage(self) -> PoolUsage:
-        """What the pool takes, in bytes."""
         self._require_open()
-        info = self._engine.info()
-        return PoolUsage(
-            capacity=info.capacity_chunks * self._chunk_size,
-            allocated=info.allocated_chunks * self._chunk_size,
-            host=self._files.data.stat().st_blocks * 512,
-            metadata=self._store.usage(),
-            layers=len(self._catalog),
-        )
+        info, host = self._engine.info(), self._files.data.stat().st_blocks * 512
+        capacity, allocated = info.capacity_chunks * self._chunk_size, info.allocated_chunks * self._chunk_size
+        return PoolUsage(capacity, allocated, host, metadata=self._store.usage(), layers=len(self._catalog))
 
     def set_capacity(self, capacity: Size) -> None:
         """Bytes that the layers' data may take from now on; 0: no limit. What is there already stays."""

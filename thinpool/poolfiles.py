@@ -26,7 +26,7 @@ class PoolFiles:
         self.data = path / "data"
         self.meta = path / "meta"
         self.data_fd = -1
-        self._lock_fd = -1
+        self.lock_fd = -1
 
     def create(self) -> None:
         """Makes the directory with an empty data file. Raises PoolExists where there is anything already."""
@@ -67,8 +67,17 @@ class PoolFiles:
         """Opens the data file. Raises PermissionError as the host does."""
         self.data_fd = os.open(self.data, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
 
-    def lock(self) -> None:
-        """Makes this process the pool's writer. Raises PoolBusy with the pid of whoever is."""
+    def lock(self, held: int = -1) -> None:
+        """Makes this process the pool's writer; ``held``: by a lock that another process took, and gave to this one.
+
+        Raises PoolBusy with the pid of whoever is.
+        """
+        fd = os.dup(held) if held >= 0 else self._take_lock()
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+        self.lock_fd = fd
+
+    def _take_lock(self) -> int:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,13 +86,11 @@ class PoolFiles:
             os.close(fd)
             pid = int(holder) if holder.isdigit() else 0
             raise PoolBusy(f"the pool {self.path} is open in process {pid or 'unknown'}", pid) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
-        self._lock_fd = fd
+        return fd
 
     def close(self) -> None:
         """Closes what is open; the lock goes last."""
-        for name in ("data_fd", "_lock_fd"):
+        for name in ("data_fd", "lock_fd"):
             fd = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)

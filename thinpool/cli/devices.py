@@ -10,7 +10,7 @@ import typer
 
 from ..api import PoolAPI
 from ..errors import LayerState
-from . import options
+from . import options, service
 from .options import attached, opened, pool_path
 from .show import print_json
 
@@ -63,6 +63,7 @@ def umount(ctx: typer.Context, layer: User, pool: options.Pool = None) -> None:
 def serve(
     ctx: typer.Context,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and serve until a signal comes.")] = False,
+    takeover: Annotated[bool, typer.Option("--takeover", help="In place of the server that runs: what is attached and mounted stays.")] = False,
     nbd: Annotated[list[str] | None, typer.Option("--nbd", metavar="ADDRESS", help="Serve NBD too: unix:/path or host:port.", show_default=False)] = None,
     tls_certificates: Annotated[Path | None, typer.Option(metavar="DIR", help="server-cert.pem, server-key.pem, ca-cert.pem.", show_default=False)] = None,
     tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Pre-shared keys: lines user:hex.", show_default=False)] = None,
@@ -71,7 +72,8 @@ def serve(
 ) -> None:
     """Start the pool's server; it stops when nothing is attached or served by NBD and nobody connected.
 
-    The verbs that need it start it by themselves. With --foreground it stays, as under systemd.
+    The verbs that need it start it by themselves. With --foreground it stays, as under systemd. A server that was killed is
+    started anew; devices, mounts and what was written through them are still there.
     """
     path = pool_path(ctx, pool)
 
@@ -80,17 +82,18 @@ def serve(
             print(p.serve_nbd(address, certificates=tls_certificates, keys=tls_keys, verify_peer=tls_verify_peer), flush=True)
 
     if not foreground:
-        from ..server.connect import connect
+        from ..server.connect import connect, take_over
 
-        with closing(connect(path, server=True)) as remote:
+        with closing(take_over(path) if takeover else connect(path, server=True)) as remote:
             listen(remote)
         return
     import logging
 
-    from ..pool import Pool
     from ..server.daemon import serve as serve_pool
+    from ..server.survival import kept_pool
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    with Pool.open(path) as opened_pool:
+    listener = service.listener()
+    with kept_pool(path, takeover=takeover) as (opened_pool, keeper):
         listen(opened_pool)
-        serve_pool(opened_pool, stays=True)
+        serve_pool(opened_pool, keeper, stays=True, listener=listener, on_ready=service.say_ready)

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..api import Container, PoolAPI, Size
 from ..errors import BadName, ContainerNotFound, LayerBusy, LayerState, NeedsRoot, ThinpoolError
+from ..exports.owners import process_identity
 from ..filesystems.blank import FILESYSTEM_LABEL, grow_xfs
 from .bundle import bundle, bundle_directory, find_runtime, owner_of, sweep
 from .names import layer_stem
@@ -113,7 +114,7 @@ def _run_copy(pool: PoolAPI, image: str, name: str, number: int, settings: Setti
 
 
 def _run_new(pool: PoolAPI, image: str, name: str, settings: Settings, *, remove: bool, size: Size | None, prefix: str = "") -> int:
-    labels = {_REMOVE_LABEL: _process_identity(os.getpid()) or ""} if remove else {}
+    labels = {_REMOVE_LABEL: process_identity(os.getpid()) or ""} if remove else {}
     container = pool.containers.create(image, name=name, size=size, labels=labels)
     try:
         return _run_in(pool, container, settings, prefix=prefix)
@@ -153,7 +154,7 @@ def _run_in(pool: PoolAPI, container: Container, settings: Settings, *, prefix: 
         if runtime is None:
             return _spawn(task, prefix)
         place = bundle_directory(pool, directory)
-        owner = _process_identity(os.getpid()) or ""
+        owner = process_identity(os.getpid()) or ""
         terminal = not prefix and os.isatty(0) and os.isatty(1)
         with bundle(place, runtime, directory, command, owner=owner, hostname=hostname, workdir=workdir, terminal=terminal) as words:
             return _spawn({**task, "runtime": words, "bundle": str(place)}, prefix)
@@ -161,18 +162,9 @@ def _run_in(pool: PoolAPI, container: Container, settings: Settings, *, prefix: 
         layer.unmount()
 
 
-def _process_identity(pid: int) -> str | None:
-    """The pid with its start time, which together name a process for good (proc(5), ``/proc/pid/stat``); ``None``: it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return f"{pid}:{fields[19]}"
-
-
 def _is_alive(identity: str) -> bool:
     pid = identity.partition(":")[0]
-    return pid.isdigit() and _process_identity(int(pid)) == identity
+    return pid.isdigit() and process_identity(int(pid)) == identity
 
 
 def _sweep(pool: PoolAPI) -> None:

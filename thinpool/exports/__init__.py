@@ -4,8 +4,9 @@ How the pieces hang together, from the bottom::
 
     layer -> file in the FUSE tree (fuse) -> loop device (loop) -> mount (mounts)
 
-and who takes them down (takedown): :class:`Uses`, when asked, when an owner ends (owners), when the pool is closed; the
-guard process (guard), when this process dies; the next process, when the guard died too.
+and who takes them down (keeping/takedown): :class:`Uses`, when asked, when an owner ends (owners), when the pool is closed; the
+keeper process (keeping), when this process dies; the next process, when the keeper died too. The keeper of a pool's server does not
+take them down, but keeps what it needs to go on, and the next server finds the rest in the register: :meth:`Uses.survive`.
 
 The life of a use::
 
@@ -17,24 +18,27 @@ The life of a use::
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api import Attachment
 from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolReadOnly, ToolFailed
 from . import loop
+from .freezing import thaw
 from .fuse import NEEDS_ROOT, LayerTree
-from .guard import Guard
+from .keeping.link import KeeperLink, kernel_can_resend
+from .keeping.takedown import backing_file, device_number, loop_devices, remove_mountpoint, take_down_device
 from .mounts import filesystem_of, mount_filesystem, unmount_filesystem
 from .nbd.server import NbdServer
 from .nbd.tls import tls_context
-from .owners import Owners
-from .takedown import backing_file, device_number, remove_mountpoint, take_down_device
+from .owners import Owners, process_identity
+from .register import Register, SavedNbd, SavedUse
 
 if TYPE_CHECKING:
     from ..layer import Layer
@@ -51,6 +55,7 @@ class _Use:
     mountpoint: str | None
     state: str = "starting"
     owner_ended: bool = False
+    owner_identity: str = ""
     device: str = ""
     file: int = -1  # O_PATH descriptor of the layer's file: to have its attributes looked at without asking for its name
 
@@ -76,10 +81,13 @@ class Uses:
         self._closing = False
         self._tree_lock = threading.Lock()
         self._tree: LayerTree | None = None
-        self._guard: Guard | None = None
+        self._keeper: KeeperLink | None = None
+        self._surviving = False
         self._owners: Owners[_Use] = Owners(self._owner_ended)
         self._clients: Counter[int] = Counter()  # of NBD, by layer id
         self._nbd = NbdServer(pool, self._served)
+        self._nbd_settings: list[SavedNbd] = []
+        self._nbd_adopted: list[SavedNbd] = []
 
     # --- what there is ---
 
@@ -110,8 +118,17 @@ class Uses:
 
         Raises BadAddress, OSError.
         """
-        paths = [None if path is None else Path(path) for path in (certificates, keys)]
-        return self._nbd.listen(address, tls_context(*paths, verify_peer=verify_peer))
+        files = [None if path is None else os.path.abspath(path) for path in (certificates, keys)]
+        settings = SavedNbd(address, files[0], files[1], verify_peer)
+        if settings in self._nbd_adopted:  # a server that goes on with what it finds is told once more
+            self._nbd_adopted.remove(settings)
+            return address
+        bound = self._nbd.listen(address, _tls(settings))
+        self._nbd_settings.append(replace(settings, address=bound))
+        if self._keeper is not None and self._surviving:
+            self._keeper.keep(f"nbd:{bound}", [self._nbd.descriptor(bound)])
+            self._write_register()
+        return bound
 
     def nbd_addresses(self) -> list[str]:
         """Where NBD clients are served."""
@@ -125,6 +142,8 @@ class Uses:
                 raise LayerBusy(f"layer {layer.name!r} is in use already: {use}", (str(use),))
             self._clients[layer.id] += 1
         try:
+            if self._surviving:
+                self._pool.commit()  # as in _starting
             yield
         finally:
             with self._lock:
@@ -197,9 +216,58 @@ class Uses:
             if self._tree is not None:
                 self._tree.close()
                 self._tree = None
-            if self._guard is not None:
-                self._guard.close()
-                self._guard = None
+            if self._surviving:
+                Register.remove(self._run)
+            if self._keeper is not None:
+                self._keeper.close()
+                self._keeper = None
+
+    # --- over the end of the process ---
+
+    def survive(self, keeper: KeeperLink) -> None:
+        """Lets what is attached and served outlive this process, and goes on with what the one before it had; what belongs to nobody is taken down.
+
+        Before anything else is done with this object. Raises what the engine raises.
+        """
+        saved = Register.read(self._run)
+        self._keeper, self._surviving = keeper, True
+        if descriptors := keeper.kept("fuse"):
+            self._tree = LayerTree(self._pool, descriptors)
+            self._adopt(saved.uses)
+        for settings in saved.nbd:
+            if listener := keeper.kept(f"nbd:{settings.address}"):
+                self._nbd.adopt(settings.address, listener[0], _tls(settings))
+                self._nbd_settings.append(settings)
+                self._nbd_adopted.append(settings)
+        self._write_register()
+
+    def _adopt(self, saved: Sequence[SavedUse]) -> None:
+        assert self._tree is not None
+        strays = {number for number in loop_devices() if backing_file(number, self._run) is not None}
+        for one in saved:
+            number = device_number(one.device)
+            if number not in strays:
+                continue
+            layer = self._pool.layer_by_id(one.layer_id)
+            owner = int(one.owner.partition(":")[0] or 0)
+            if owner and process_identity(owner) != one.owner:
+                continue
+            use = _Use(layer, one.purpose, owner, one.mountpoint, state="up", device=one.device)
+            use.file = os.open(self._tree.file(layer.name), os.O_PATH | os.O_CLOEXEC)
+            if one.mountpoint is not None:
+                thaw(self._pool, layer, one.mountpoint)
+            self._uses[layer.id] = use
+            strays.discard(number)
+            if owner:
+                self._owners.watch(owner, use)
+        for number in strays:
+            take_down_device(number, self._run)
+
+    def _write_register(self) -> None:
+        if not self._surviving:
+            return
+        uses = [SavedUse(use.layer.id, use.purpose, use.owner_identity, use.mountpoint, use.device) for use in self._uses.values() if use.state == "up"]
+        Register(uses, self._nbd_settings).write(self._run)
 
     # --- how ---
 
@@ -225,7 +293,11 @@ class Uses:
         try:
             if use.owner:
                 self._owners.watch(use.owner, use)
+                use.owner_identity = process_identity(use.owner) or ""
             yield use
+            if self._surviving:
+                # What goes on after a kill must find its layer, as made by then: layers that are not committed are gone.
+                self._pool.commit()
         except BaseException:
             self._force(use)
             raise
@@ -237,6 +309,7 @@ class Uses:
         with self._lock:
             if not use.owner_ended:
                 use.state = "up"
+                self._write_register()
                 self._settled.notify_all()
                 return False
         self._force(use)
@@ -252,9 +325,10 @@ class Uses:
             if self._closing:
                 raise PoolClosed(f"the pool {self._pool.path} is closed")
             if self._tree is None:
-                if self._guard is None:
-                    self._guard = Guard(self._run)
-                self._tree = LayerTree(self._pool)
+                if self._keeper is None:
+                    self._keeper = KeeperLink(self._run)
+                keeper, keeps = self._keeper, self._surviving and kernel_can_resend()
+                self._tree = LayerTree(self._pool, on_mounted=(lambda descriptors: keeper.keep("fuse", descriptors)) if keeps else None)
             return self._tree
 
     def _end(self, layer: Layer, *, mounted: bool) -> None:
@@ -285,6 +359,7 @@ class Uses:
             self._owners.forget(use)
         with self._lock:
             self._uses.pop(use.layer.id, None)
+            self._write_register()
             self._settled.notify_all()
 
     def _force(self, use: _Use) -> None:
@@ -300,6 +375,11 @@ class Uses:
                 return  # whoever is at work on it finds out when he is done
             use.state = "ending"
         self._force(use)
+
+
+def _tls(settings: SavedNbd) -> ssl.SSLContext | None:
+    paths = [None if path is None else Path(path) for path in (settings.certificates, settings.keys)]
+    return tls_context(*paths, verify_peer=settings.verify_peer)
 
 
 def _attachment(use: _Use) -> Attachment:

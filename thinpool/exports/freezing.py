@@ -10,7 +10,8 @@ import fcntl
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..catalog import PARTIAL_LABEL
@@ -28,7 +29,7 @@ def frozen_snapshot(pool: Pool, layer: Layer) -> Iterator[Layer]:
     """A sealed layer with a layer's content of now, for as long as this is entered. Raises ToolFailed where it cannot be frozen."""
     mountpoint = next((one.mountpoint for one in pool.attachments() if one.layer == layer.name and one.mountpoint), None)
     name = f"thinpool/frozen/{uuid.uuid4().hex}"
-    with _frozen(mountpoint):
+    with _frozen(mountpoint, _mark(pool, layer)):
         snapshot = layer.snapshot(name, labels={PARTIAL_LABEL: "1"})
     try:
         yield snapshot
@@ -36,20 +37,44 @@ def frozen_snapshot(pool: Pool, layer: Layer) -> Iterator[Layer]:
         snapshot.delete()
 
 
+def thaw(pool: Pool, layer: Layer, mountpoint: str) -> None:
+    """Ends what a process that was killed in the midst of :func:`frozen_snapshot` began."""
+    mark = _mark(pool, layer)
+    if mark.exists():
+        with _opened(mountpoint) as fd, suppress(OSError):  # it may not have come to freezing it
+            fcntl.ioctl(fd, _FITHAW, 0)
+        mark.unlink()
+
+
+def _mark(pool: Pool, layer: Layer) -> Path:
+    """A file that says that we have frozen it: the kernel keeps it frozen, whoever dies."""
+    return pool.path / "run" / f"frozen-{layer.id}"
+
+
 @contextmanager
-def _frozen(mountpoint: str | None) -> Iterator[None]:
+def _opened(mountpoint: str) -> Iterator[int]:
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _frozen(mountpoint: str | None, mark: Path) -> Iterator[None]:
     if mountpoint is None:
         yield
         return
-    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(mountpoint) as fd:
+        mark.touch()
         try:
-            fcntl.ioctl(fd, _FIFREEZE, 0)
-        except OSError as error:
-            raise ToolFailed(f"the file system on {mountpoint} cannot be frozen: {error.strerror}") from error
-        try:
-            yield
+            try:
+                fcntl.ioctl(fd, _FIFREEZE, 0)
+            except OSError as error:
+                raise ToolFailed(f"the file system on {mountpoint} cannot be frozen: {error.strerror}") from error
+            try:
+                yield
+            finally:
+                fcntl.ioctl(fd, _FITHAW, 0)
         finally:
-            fcntl.ioctl(fd, _FITHAW, 0)
-    finally:
-        os.close(fd)
+            mark.unlink()

@@ -10,20 +10,23 @@ lock; an open file (:meth:`LayerTree.open`) and the engine's own figures need no
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..engine import _core, _ffi
 from ..errors import LayerNotFound, NeedsRoot, ToolFailed
-from .takedown import MNT_DETACH, MNT_FORCE, TREE_TYPE, attempt, mount, umount
+from .keeping.takedown import MNT_DETACH, MNT_FORCE, TREE_TYPE, attempt, mount, umount
 
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..pool import Pool
 
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024  # include/uapi/linux/mount.h
+_FUSE_DEV_IOC_CLONE = 0x8004E500  # include/uapi/linux/fuse.h
 # Each sleeps in the kernel until there is work, or waits for the host's disk; more would only cost memory.
 _THREADS = min(max(4 * (os.cpu_count() or 1), 4), 16)
 
@@ -41,30 +44,46 @@ def file_name(layer_name: str) -> str:
 class LayerTree:
     """The mounted tree of one pool."""
 
-    def __init__(self, pool: Pool) -> None:
-        """Mounts and serves it. Raises NeedsRoot, and ToolFailed where the kernel has no FUSE."""
-        self.path = os.path.realpath(pool.path / "run" / "layers")
-        os.makedirs(self.path, mode=0o700, exist_ok=True)
+    def __init__(self, pool: Pool, descriptors: Sequence[int] = (), *, on_mounted: Callable[[Sequence[int]], None] | None = None) -> None:
+        """Mounts and serves it; or goes on serving it over the descriptors of its connection, which another process has served before.
+
+        ``on_mounted`` gets them before any request is answered. Raises NeedsRoot, and ToolFailed where the kernel has no FUSE.
+        """
+        # Nothing here may look at the tree itself: as long as nobody serves it, that would wait for ever.
+        self.path = os.path.join(os.path.realpath(pool.path / "run"), "layers")
+        self._descriptors = list(descriptors)
         try:
-            self._descriptor = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise ToolFailed(f"no FUSE here (/dev/fuse: {error.strerror}): modprobe fuse, or give the container the device") from error
-        try:
-            self._mount(pool.path)
-            self._server = FuseServer(pool, self._descriptor)
+            if not descriptors:
+                self._mount(pool.path)
+                if on_mounted is not None:
+                    on_mounted(self._descriptors)
+            self._server = FuseServer(pool, self._descriptors, resume=bool(descriptors))
         except BaseException:
-            os.close(self._descriptor)
+            self._close_descriptors()
             raise
 
     def _mount(self, pool_path: Path) -> None:
+        os.makedirs(self.path, mode=0o700, exist_ok=True)
+        try:
+            self._descriptors.append(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise ToolFailed(f"no FUSE here (/dev/fuse: {error.strerror}): modprobe fuse, or give the container the device") from error
         flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME
-        options = f"fd={self._descriptor},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
+        options = f"fd={self._descriptors[0]},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
         try:
             mount(str(pool_path), self.path, TREE_TYPE, flags, options)
         except PermissionError as error:
             raise NeedsRoot(NEEDS_ROOT) from error
         except OSError as error:
             raise ToolFailed(f"cannot mount the layers' files on {self.path}: {error.strerror}") from error
+        while len(self._descriptors) < _THREADS:  # a queue of the connection for each thread
+            clone = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+            self._descriptors.append(clone)
+            fcntl.ioctl(clone, _FUSE_DEV_IOC_CLONE, struct.pack("I", self._descriptors[0]))
+
+    def _close_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
     def file(self, layer_name: str) -> str:
         """The path of a layer's file."""
@@ -79,20 +98,23 @@ class LayerTree:
         if not attempt(umount, self.path, MNT_FORCE):
             attempt(umount, self.path, MNT_DETACH)
         self._server.stop()
-        os.close(self._descriptor)
+        self._close_descriptors()
 
 
 class FuseServer:
     """The threads that serve the tree on a connection to the kernel (csrc/fuse.c)."""
 
-    def __init__(self, pool: Pool, descriptor: int) -> None:
-        """``descriptor``: ``/dev/fuse``, mounted; open until :meth:`stop` has returned. Raises what the engine raises."""
+    def __init__(self, pool: Pool, descriptors: Sequence[int], *, resume: bool = False) -> None:
+        """``descriptors``: ``/dev/fuse``, mounted, and its clones, open until :meth:`stop` has returned; ``resume``: another process has served them.
+
+        Raises what the engine raises.
+        """
         engine: Engine = pool.engine
         self._names = _Names(pool)
         self._handle = _ffi.new_handle(self._names)
         callbacks = _ffi.new("tp_fuse_callbacks *", {"ctx": self._handle, "lookup": _core.tp_py_fuse_lookup, "list": _core.tp_py_fuse_list})
         out = _ffi.new("tp_fuse **")
-        engine.check(_core.tp_fuse_start(engine.pointer, descriptor, _THREADS, callbacks, out))
+        engine.check(_core.tp_fuse_start(engine.pointer, list(descriptors), len(descriptors), resume, callbacks, out))
         self._pointer = out[0]
 
     def resized(self, layer_id: int) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from ..errors import LayerBusy, ToolFailed
 from .holders import describe, holders
-from .takedown import LOOP_CLR_FD, device_number, loop_devices
+from .keeping.takedown import LOOP_CLR_FD, device_number, loop_devices
 
 _SET_STATUS64, _GET_STATUS64, _SET_CAPACITY, _CONFIGURE, _GET_FREE = 0x4C04, 0x4C05, 0x4C07, 0x4C0A, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16

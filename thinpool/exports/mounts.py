@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import LayerBusy, LayerState, ToolFailed
 from .holders import describe, holders
-from .takedown import device_number, mount, mount_table, umount
+from .keeping.takedown import device_number, mount, mount_table, umount
 
 if TYPE_CHECKING:
     from ..layer import Layer

@@ -9,11 +9,21 @@ import os
 import select
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from ..errors import LayerState
 
 Use = TypeVar("Use")
+
+
+def process_identity(pid: int) -> str | None:
+    """The pid with its start time, which together name a process for good (proc(5), ``/proc/pid/stat``); ``None``: it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return f"{pid}:{fields[19]}"
 
 
 class Owners(Generic[Use]):

@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +26,6 @@ if TYPE_CHECKING:  # loaded when there is a server, or none: a command should no
     from .client import RemotePool
 
 BUSY_SECONDS = 10.0  # how long one process may hold the pool before we give up on it
-
-# Without the current directory on its path, where anybody may have put a module of some name; with this package on it.
-_PROGRAM = """import sys
-sys.path.append(sys.argv[1])
-from thinpool.server.process import main
-main(sys.argv[2], int(sys.argv[3]))
-"""
 
 
 def connect(path: str | Path, *, server: bool = False) -> Pool | RemotePool:
@@ -103,17 +95,31 @@ def _start_lock(path: Path) -> Iterator[None]:
         os.close(directory_fd)
 
 
-def _start(path: Path) -> None:
+def take_over(path: Path) -> RemotePool:
+    """Starts a server in place of the one that runs, or where none runs, and gives the pool through it. What is attached and mounted stays so.
+
+    Raises what the new server failed with; the old one is then as it was, or its keeper starts another.
+    """
+    with _start_lock(path):
+        _start(path, takeover=True)
+        remote = _find_server(path)
+    if remote is None:
+        raise ServerError(f"the server of {path} stopped as it started: see {path / LOG_NAME}")
+    return remote
+
+
+def _start(path: Path, *, takeover: bool = False) -> None:
     """Starts the server and waits until its socket accepts. Raises what it failed with."""
     import subprocess
 
+    from .process import command
+
     ready_fd, child_fd = os.pipe()
     with os.fdopen(ready_fd) as ready:
-        home = Path(__file__).parents[2]
-        command = [sys.executable, "-P", "-c", _PROGRAM, str(home), os.path.abspath(path), str(child_fd)]
+        words = command(path, child_fd, takeover=takeover)
         try:
             # Its standard error is ours until it has the pool and with it a log.
-            starting = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True)
+            starting = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True)
         finally:
             os.close(child_fd)
         starting.wait()  # short: it goes on in a child of its own

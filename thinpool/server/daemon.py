@@ -4,11 +4,12 @@
 
     start -> lock the pool -> bind the socket -> serve -> gate closed -> socket gone -> uses taken down, pool closed -> end
 
-The pool's lock decides who may start; only its holder touches the socket's name, so a socket left by a killed server is
-simply replaced. The starter waits on a pipe: it gets one JSON line, ``{"ready": pid}`` once the socket accepts, or
-``{"error": …}``. The server ends by itself when no connection, no request, no attachment and no NBD address has been there for
-IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT. Before it ends by itself it
-closes the gate, and looks at the attachments only then: a request is either answered or turned away, never lost.
+A server that is killed, or that leaves for a successor, leaves all of it in place (``survival``). The pool's lock decides who may start; only
+its holder touches the socket's name, so a socket left by a killed server and its keeper is simply replaced. The starter waits on a pipe: it gets
+one JSON line, ``{"ready": pid}`` once the socket accepts, or ``{"error": …}``. The server ends by itself when no connection, no request, no attachment
+and no NBD address has been there for IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT; on SIGUSR1 it leaves
+for a successor. Before it ends by itself it closes the gate, and looks at the attachments only then: a request is either answered or turned
+away, never lost.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 import uvicorn
 
-from ..api import PoolAPI
+from ..exports.keeping.link import KeeperLink
+from ..pool import Pool
 from .app import create_app
 from .state import Gate
+from .survival import leave
 from .transport import socket_path
-from .wire import SOCKET_NAME, tell
+from .wire import SOCKET_NAME
 
 IDLE_SECONDS = 2.0
 _GRACE_SECONDS = 10  # what a request may still take after SIGTERM
@@ -39,7 +42,7 @@ _log = logging.getLogger("thinpool.server")
 class _Server(uvicorn.Server):
     """uvicorn on the pool's socket, with this server's reasons to end."""
 
-    def __init__(self, pool: PoolAPI, *, stays: bool) -> None:
+    def __init__(self, pool: Pool, keeper: KeeperLink, *, stays: bool, restart: Sequence[str] | None, listener: socket.socket | None) -> None:
         self._gate = Gate()
         # Connections are never closed for being quiet: an open one is how a client says that it is there.
         super().__init__(
@@ -53,34 +56,50 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=_GRACE_SECONDS,
             )
         )
-        self._pool = pool
-        self._stays = stays
+        self._pool, self._keeper = pool, keeper
+        self._stays, self._restart = stays, restart
+        self.leaves = False  # for a successor
         self._socket_path = pool.path / SOCKET_NAME
-        self._socket, self._socket_id = _bind(pool.path)
-        self._on_ready: IO[str] | None = None
+        self._is_ours = listener is None
+        if listener is not None:
+            self._socket = listener
+        elif kept := keeper.kept("http"):
+            self._socket = socket.socket(fileno=os.dup(kept[0]))
+        else:
+            self._socket = _bind(pool.path)
+            keeper.keep("http", [self._socket.fileno()])
+        found = self._socket_path.stat()
+        self._socket_id = (found.st_dev, found.st_ino)
+        self._on_ready: Callable[[], None] | None = None
 
-    def run_until_done(self, on_ready: IO[str] | None) -> None:
-        """Serves; tells ``on_ready`` when the socket accepts."""
+    def run_until_done(self, on_ready: Callable[[], None] | None) -> None:
+        """Serves; calls ``on_ready`` when the socket accepts."""
         self._on_ready = on_ready
         # uvicorn raises the signal that ended it once more, for the handler from before; by then we want to clean up.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGUSR1, lambda *_: self._leave())
         self.run(sockets=[self._socket])
+
+    def _leave(self) -> None:
+        self.leaves = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         _log.info("serving %s", self._pool.path)
         if self._on_ready is not None:
-            tell(self._on_ready, {"ready": os.getpid()})
+            self._on_ready()
+        self._keeper.survive(self._restart, self._leave)
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or (counter % _CHECK_TICKS == 0 and self._is_done())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.closed = True
-        self._gate.stopping.set()
-        if self._reachable():
-            self._socket_path.unlink()
+        if not self.leaves:
+            self._gate.stopping.set()
+            if self._is_ours and self._reachable():
+                self._socket_path.unlink()
         await super().shutdown(sockets)
 
     def _is_done(self) -> bool:
@@ -104,7 +123,7 @@ class _Server(uvicorn.Server):
         return (found.st_dev, found.st_ino) == self._socket_id
 
 
-def _bind(directory: Path) -> tuple[socket.socket, tuple[int, int]]:
+def _bind(directory: Path) -> socket.socket:
     """A socket bound to the pool's name for it, mode 0600. The caller holds the pool's lock."""
     path = directory / SOCKET_NAME
     path.unlink(missing_ok=True)
@@ -116,11 +135,26 @@ def _bind(directory: Path) -> tuple[socket.socket, tuple[int, int]]:
     finally:
         os.umask(mask)
         os.close(directory_fd)
-    found = path.stat()
-    return sock, (found.st_dev, found.st_ino)
+    return sock
 
 
-def serve(pool: PoolAPI, *, stays: bool, on_ready: IO[str] | None = None) -> None:
-    """Serves an open pool until nobody needs it; ``stays``: until a signal. The caller closes the pool afterwards."""
-    _Server(pool, stays=stays).run_until_done(on_ready)
+def serve(
+    pool: Pool,
+    keeper: KeeperLink,
+    *,
+    stays: bool,
+    restart: Sequence[str] | None = None,
+    listener: socket.socket | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Serves an open pool until nobody needs it; ``stays``: until a signal. The caller closes the pool afterwards.
+
+    ``restart``: what the keeper starts when this process was killed; ``None``: somebody else will. ``listener``: the socket ``server.sock``, where somebody
+    else has made it. Does not return where it leaves for a successor.
+    """
+    server = _Server(pool, keeper, stays=stays, restart=restart, listener=listener)
+    server.run_until_done(on_ready)
+    if server.leaves:
+        _log.info("leaving it to the next server")
+        leave(pool)
     _log.info("stopping")

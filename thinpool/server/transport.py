@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from urllib.parse import urlencode
 from ..errors import PoolClosed, ServerError
 from .wire import API, SOCKET_NAME, decode_error
 
+_SUCCESSOR_SECONDS = 30.0  # how long a pool without a server is waited for
+_PAUSE_SECONDS = 0.02
 STOPPING = 503  # the status of a server that is about to stop and takes no more requests
 
 
@@ -49,6 +52,16 @@ class _Connection(http.client.HTTPConnection):
         finally:
             os.close(directory_fd)
         self.sock = sock
+
+    def is_open(self) -> bool:
+        """Whether the other end is open still: it sends nothing unasked."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
 
 
 class Transport:
@@ -120,20 +133,34 @@ class Transport:
         return answer
 
     def _send(self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]) -> tuple[_Connection, http.client.HTTPResponse]:
-        connection = self._take()
         url = f"{API}{route}?{urlencode(query)}" if query else API + route
-        try:
-            connection.request(method, url, body=body, headers={"Content-Type": content_type})
-            response = connection.getresponse()
-            if response.status == 200:
-                return connection, response
-            answer = response.read()
-        except (OSError, http.client.HTTPException) as error:
+        deadline = time.monotonic() + _SUCCESSOR_SECONDS
+        while True:
+            connection = self._take()
+            is_connected = False
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                is_connected = True
+                connection.request(method, url, body=body, headers={"Content-Type": content_type})
+                response = connection.getresponse()
+                if response.status == 200:
+                    return connection, response
+                answer = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                # What only asks may be asked again, of the next server; where there is none there is nothing to connect to.
+                if method == "GET" and is_connected and time.monotonic() < deadline:
+                    continue
+                raise self._gone(error) from None
+            if response.status != STOPPING:
+                break
             connection.close()
-            raise self._gone(error) from None
+            # It leaves, and has not done it. A successor takes the same socket over; without one it is gone.
+            if time.monotonic() > deadline or not os.path.exists(self._directory / SOCKET_NAME):
+                raise ServerStopping("the pool's server is stopping: try again")
+            time.sleep(_PAUSE_SECONDS)
         self._put_back(connection)
-        if response.status == STOPPING:
-            raise ServerStopping("the pool's server is stopping: try again")
         if response.headers.get("Content-Type") != "application/json" or b'"error"' not in answer:
             raise ServerError(f"the pool's server answered {response.status} to {method} {route}: is it another version?")
         raise decode_error(json.loads(answer)["error"])
@@ -142,7 +169,12 @@ class Transport:
         with self._lock:
             if self._closed:
                 raise PoolClosed(f"the pool {self._directory} was closed")
-            return self._idle.pop() if self._idle else _Connection(self._directory)
+            while self._idle:
+                connection = self._idle.pop()
+                if connection.is_open():
+                    return connection
+                connection.close()  # its server has ended meanwhile
+            return _Connection(self._directory)
 
     def _put_back(self, connection: _Connection) -> None:
         with self._lock:

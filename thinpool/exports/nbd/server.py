@@ -49,13 +49,24 @@ class NbdServer:
         With TLS a TCP client must use it; beyond this machine there is no listening without. Raises BadAddress, OSError.
         """
         listener, bound = _bind(address, has_tls=context is not None)
+        self._serve_at(bound, listener, context)
+        return bound
+
+    def adopt(self, bound: str, descriptor: int, context: ssl.SSLContext | None) -> None:
+        """Goes on listening where another process did."""
+        self._serve_at(bound, socket.socket(fileno=os.dup(descriptor)), context)
+
+    def descriptor(self, bound: str) -> int:
+        """That of the socket that listens there."""
+        return self._listeners[bound].fileno()
+
+    def _serve_at(self, bound: str, listener: socket.socket, context: ssl.SSLContext | None) -> None:
         with self._lock:
             if self._closed:
                 listener.close()
                 raise BadAddress("the pool is closed")
             self._listeners[bound] = listener
         self._start(lambda: self._accept(listener, context))
-        return bound
 
     def close(self) -> None:
         """Ends all connections, and waits for their last requests."""

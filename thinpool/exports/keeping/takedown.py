@@ -2,23 +2,15 @@
 
 All of it hangs on the pool's run directory: the FUSE mount ``layers``, loop devices whose backing file lies in it, and
 mounts of those devices. So it is found by looking, nothing has to be remembered, and nothing that is not the pool's can be
-met: :func:`take_down` is what the guard does after a ``kill -9``, and what a new process does about its predecessor.
-
-Run as a program (``takedown.py RUN_DIRECTORY PID``) this file is the guard: a process that waits for the end of the
-pool's process and then takes down what is left. It has its own session, so that signals to the pool's process group do
-not reach it, and it needs nothing but the standard library, so that it is small and quick to start.
+met: :func:`take_down` is what the keeper does after a ``kill -9``, and what a new process does about its predecessor.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
 import re
-import select
-import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,32 +152,3 @@ def attempt(call: Callable[..., object], *arguments: object) -> bool:
     except OSError:
         return False
     return True
-
-
-def _is_doomed(pid: int) -> bool:
-    """True once SIGKILL is pending: the threads that serve the tree are gone, or about to be."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return True
-    return any(int(mask, 16) & 1 << signal.SIGKILL - 1 for mask in re.findall(r"^(?:Sig|Shd)Pnd:\t(\w+)", status, re.MULTILINE))
-
-
-def main(run_directory: str, pid: int) -> None:
-    """Wait until standard input or process ``pid`` ends, then take down what is left."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)
-    poller = select.poll()
-    poller.register(0, select.POLLIN | select.POLLHUP)
-    # A child that the process forked may hold the other end of the pipe open: so its end is watched as well.
-    with contextlib.suppress(ProcessLookupError):
-        poller.register(os.pidfd_open(pid), select.POLLIN)
-        if os.getppid() == pid:  # else it has ended already, and the pid may be somebody else's
-            # Killed while it waits for its own files, it cannot end until the connection is taken from it.
-            while not poller.poll(1000) and not _is_doomed(pid):
-                pass
-    take_down(run_directory)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -6,6 +6,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def test_first_writes_to_a_clone(pool: thinpool.Pool, loops: Loops, place: Path,
     last, once = snapshot.clone("last"), random_offsets(SIZE, 4096, 4000, 99)
     benchmark.pedantic(lambda: loops.seconds(last, "write", 4096, once), rounds=1)
     row("4 KiB random first writes to a clone, C", comparison.ratio, 0.5, "of an overwrite")
+
+
+def test_noting_first_writes(loops: Loops, place: Path, row: Any) -> None:
+    """What it costs to note map changes for a successor (csrc/redo.h), at its dearest: a small write, a note each."""
+    comparison, offsets = Comparison(), array("Q", range(0, SIZE, CHUNK))
+    with thinpool.Pool.create(place / "plain") as plain, ExitStack() as stack:
+        thinpool.Pool.create(place / "noted").close()
+        noted = stack.enter_context(thinpool.Pool.open(place / "noted", redo=os.memfd_create("notes")))
+        for round_number in range(21):
+            layers = [pool.create_layer(f"first{round_number}", SIZE) for pool in (noted, plain)]
+            comparison.round(*(lambda layer=layer: loops.seconds(layer, "write", 4096, offsets) for layer in layers))
+            for layer, pool in zip(layers, (noted, plain), strict=True):
+                layer.delete()
+                pool.reclaim()
+    row("first writes of 4 KiB to a chunk each, noted, C", comparison.ratio, 0.95, "of without notes")
 
 
 def test_reads_at_depth(pool: thinpool.Pool, loops: Loops, place: Path, row: Any, benchmark: Any) -> None:

@@ -17,6 +17,7 @@
 #include "fuse.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,9 +66,53 @@ static void send_reply(int fd, const struct fuse_request *request, int error) {
   (void)sent;
 }
 
+/* --- large answers: from the page cache to the kernel by reference, which copies once where read() and write() copy twice --- */
+
+#define PIPE_BYTES (1u << 20) /* a page for each block, and one for the header */
+
+static void open_pipe(struct fuse_worker *worker) {
+  if (pipe2(worker->pipe, O_CLOEXEC) == 0) {
+    if (fcntl(worker->pipe[1], F_SETPIPE_SZ, PIPE_BYTES) >= (int)PIPE_BYTES) return;
+    close(worker->pipe[0]);
+    close(worker->pipe[1]);
+  }
+  worker->pipe[0] = worker->pipe[1] = -1;
+}
+
+static void close_pipe(struct fuse_worker *worker) {
+  if (worker->pipe[0] < 0) return;
+  close(worker->pipe[0]);
+  close(worker->pipe[1]);
+}
+
+struct spliced {
+  const struct fuse_worker *worker;
+  size_t length;
+};
+
+static int send_spliced(void *ctx) {
+  const struct spliced *s = ctx;
+  ssize_t sent = splice(s->worker->pipe[0], NULL, s->worker->fd, NULL, s->length, 0);
+  /* The request was aborted, or the connection has ended: what the pipe still has goes with it. */
+  return sent == (ssize_t)s->length ? TP_OK : TP_ECLOSED;
+}
+
+bool fuse_splice(struct fuse_request *request, tp_layer *layer, uint64_t length, uint64_t offset) {
+  struct fuse_worker *worker = request->worker;
+  if (worker->pipe[0] < 0) return false;
+  struct fuse_out_header header = {.len = (uint32_t)(sizeof header + length), .unique = request->header->unique};
+  if (write(worker->pipe[1], &header, sizeof header) != sizeof header) return false;
+  struct spliced spliced = {worker, header.len};
+  int rc = tp_splice(layer, worker->pipe[1], length, offset, send_spliced, &spliced);
+  if (rc == TP_OK) return true;
+  close_pipe(worker); /* with what is in it */
+  open_pipe(worker);
+  return rc == TP_ECLOSED;
+}
+
 static void serve(struct fuse_worker *worker, size_t length) {
   const uint8_t *start = worker->payload - HEAD_SIZE;
-  struct fuse_request request = {.fuse = worker->fuse, .header = (const void *)start, .payload = worker->payload};
+  struct fuse_request request = {.fuse = worker->fuse, .worker = worker, .header = (const void *)start, .payload = worker->payload};
   if (length < sizeof *request.header || request.header->len != length) return; /* not from the kernel */
   request.body = start + sizeof *request.header;
   request.body_length = length - sizeof *request.header;
@@ -108,7 +153,9 @@ static int start_worker(tp_fuse *fuse, struct fuse_worker *worker, int fd) {
   (void)mlock(worker->memory, MEMORY_SIZE); /* without the right to lock as much, it is there all the same, most of the time */
   (void)madvise(worker->memory, MEMORY_SIZE, MADV_DONTFORK); /* a fork would have it copied at the next write */
   worker->payload = worker->memory + PAGE;
+  open_pipe(worker);
   if (pthread_create(&worker->thread, NULL, work, worker) == 0) return TP_OK;
+  close_pipe(worker);
   munmap(worker->memory, MEMORY_SIZE);
   return TP_ENOMEM;
 }
@@ -152,6 +199,7 @@ int tp_fuse_stop(tp_fuse *fuse) {
   for (unsigned i = 0; i < fuse->worker_count; i++) {
     struct fuse_worker *worker = &fuse->workers[i];
     pthread_join(worker->thread, NULL);
+    close_pipe(worker);
     munmap(worker->memory, MEMORY_SIZE);
   }
   fuse_nodes_clear(&fuse->nodes);

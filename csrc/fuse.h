@@ -43,6 +43,7 @@ struct fuse_worker {
   int fd;           /* this thread's own queue of the connection */
   uint8_t *memory;  /* the mapping */
   uint8_t *payload; /* page-aligned, FUSE_IO_MAX bytes: what WRITE brought, or what READ answers with */
+  int pipe[2];      /* for answers by reference; -1: none */
 };
 
 struct tp_fuse {
@@ -61,6 +62,7 @@ struct tp_fuse {
 /* One request, and its answer in the making. */
 struct fuse_request {
   tp_fuse *fuse;
+  struct fuse_worker *worker;
   const struct fuse_in_header *header;
   const void *body;        /* what follows the header; the dispatcher has checked that it holds the operation's struct */
   size_t body_length;
@@ -86,6 +88,8 @@ struct fuse_operation {
 };
 const struct fuse_operation *fuse_operation(uint32_t opcode); /* NULL: not known */
 
+/* Answers a READ of that range by reference. False: it must be read. */
+bool fuse_splice(struct fuse_request *request, tp_layer *layer, uint64_t length, uint64_t offset);
 int fuse_errno(int code); /* tp_error to negative errno */
 int64_t fuse_now_ns(void);
 

@@ -17,6 +17,7 @@
 
 #define NS_PER_S 1000000000
 #define NAME_MAX_BYTES 1024u /* the kernel's FUSE_NAME_MAX; a layer's 255 bytes with each "/" as "%2F" */
+#define SPLICE_MIN (64u << 10)  /* bytes of a READ that is answered by reference */
 #define QUEUE_DEPTH 128u     /* requests in the background at once (direct I/O of a loop device is) */
 
 /* Newer than the protocol header of the oldest system this builds on; older kernels do not offer it. */
@@ -258,6 +259,10 @@ static int op_read(struct fuse_request *request) {
   uint64_t size = tp_layer_size(node->layer);
   uint64_t left = in.offset < size ? size - in.offset : 0;
   if (length > left) length = left;
+  if (length >= SPLICE_MIN && fuse_splice(request, node->layer, length, in.offset)) {
+    fuse_node_put(node);
+    return FUSE_NO_REPLY;
+  }
   int code = length > 0 ? tp_read(node->layer, request->payload, length, in.offset) : TP_OK;
   fuse_node_put(node);
   if (code == TP_ERANGE) return answer(request, NULL, 0); /* made smaller meanwhile: the end of the file */

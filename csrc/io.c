@@ -1,7 +1,11 @@
 /* io.c - reading and writing layers: the paths that need no change of a map, and the way into write.c for the rest. */
+#define _GNU_SOURCE 1
 #include "io.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdalign.h>
+#include <sys/uio.h>
 
 /* --- the data file --- */
 
@@ -58,6 +62,28 @@ int disk_write_zeros(struct tp_pool *pool, uint64_t length, uint64_t at) {
   return TP_OK;
 }
 
+/* By reference, as far as the pipe has room without waiting. */
+static int disk_splice(struct tp_pool *pool, int pipe_fd, uint64_t length, uint64_t at) {
+  loff_t from = (loff_t)at;
+  while (length > 0) {
+    ssize_t n = splice(pool->file_disk.fd, &from, pipe_fd, NULL, length, SPLICE_F_NONBLOCK);
+    if (n <= 0) return disk_error(n < 0 ? -errno : 0);
+    length -= (uint64_t)n;
+  }
+  return TP_OK;
+}
+
+static int splice_zeros(int pipe_fd, uint64_t length) {
+  static alignas(4096) const uint8_t zeros[64 * 1024];
+  while (length > 0) {
+    struct iovec part = {(void *)(uintptr_t)zeros, min_u64(length, sizeof zeros)};
+    ssize_t n = vmsplice(pipe_fd, &part, 1, SPLICE_F_NONBLOCK);
+    if (n <= 0) return disk_error(n < 0 ? -errno : 0);
+    length -= (uint64_t)n;
+  }
+  return TP_OK;
+}
+
 /* --- locks and leaves --- */
 
 static int check(const struct io *io, uint64_t offset, uint64_t length, bool writing) {
@@ -101,75 +127,99 @@ int io_find_leaf(struct io *io, uint64_t index, uint64_t offset, uint64_t length
 
 /* --- reading --- */
 
-/* A read that is being put together from neighbouring pieces. */
+/* A read that is being put together from neighbouring pieces: into memory, or by reference into a pipe. */
 struct gather {
   struct tp_pool *pool;
-  uint8_t *buf;
-  uint64_t at, length;
+  uint8_t *buf; /* NULL: the pipe */
+  int pipe_fd;
+  uint64_t to, at, length; /* a piece: where in buf, where in the data file */
 };
 
 static int gather_flush(struct gather *g) {
   uint64_t length = g->length;
   g->length = 0;
-  return length == 0 ? TP_OK : disk_read(g->pool, g->buf, length, g->at);
+  if (length == 0) return TP_OK;
+  return g->buf != NULL ? disk_read(g->pool, g->buf + g->to, length, g->at) : disk_splice(g->pool, g->pipe_fd, length, g->at);
 }
 
-static int gather_add(struct gather *g, uint8_t *buf, uint64_t at, uint64_t length) {
+static int gather_add(struct gather *g, uint64_t to, uint64_t at, uint64_t length) {
   if (g->length > 0 && g->at + g->length == at) {
     g->length += length;
     return TP_OK;
   }
   int rc = gather_flush(g);
-  g->buf = buf, g->at = at, g->length = length;
+  g->to = to, g->at = at, g->length = length;
   return rc;
 }
 
-static int gather_hole(struct gather *g, uint8_t *buf, uint64_t length) {
+static int gather_hole(struct gather *g, uint64_t to, uint64_t length) {
   int rc = gather_flush(g);
-  memset(buf, 0, length);
-  return rc;
+  if (rc != TP_OK || g->buf == NULL) return rc != TP_OK ? rc : splice_zeros(g->pipe_fd, length);
+  memset(g->buf + to, 0, length);
+  return TP_OK;
 }
 
 /* A piece within one chunk, block by block where the entry is split. */
-static int read_entry(struct gather *g, uint64_t entry, uint8_t *buf, uint64_t offset, uint64_t length) {
-  if (entry == 0) return gather_hole(g, buf, length);
+static int read_entry(struct gather *g, uint64_t entry, uint64_t to, uint64_t offset, uint64_t length) {
+  if (entry == 0) return gather_hole(g, to, length);
   unsigned shift = g->pool->chunk_shift;
-  if (!entry_is_split(entry)) return gather_add(g, buf, ((entry - 1) << shift) + offset, length);
+  if (!entry_is_split(entry)) return gather_add(g, to, ((entry - 1) << shift) + offset, length);
   int rc = TP_OK;
   while (length > 0 && rc == TP_OK) {
     uint64_t n = min_u64(length, TP_BLOCK - offset % TP_BLOCK);
     uint64_t chunk = entry_split(entry)->block[offset / TP_BLOCK];
-    rc = chunk == 0 ? gather_hole(g, buf, n) : gather_add(g, buf, ((chunk - 1) << shift) + offset, n);
-    buf += n, offset += n, length -= n;
+    rc = chunk == 0 ? gather_hole(g, to, n) : gather_add(g, to, ((chunk - 1) << shift) + offset, n);
+    to += n, offset += n, length -= n;
   }
   return rc;
 }
 
-static int read_locked(struct io *io, uint8_t *buf, uint64_t length, uint64_t offset) {
+static int read_locked(struct io *io, struct gather *g, uint64_t length, uint64_t offset) {
   struct tp_pool *pool = io->layer->pool;
-  struct gather g = {.pool = pool};
-  uint64_t mask = chunk_size(pool) - 1;
+  uint64_t mask = chunk_size(pool) - 1, to = 0;
   while (length > 0) {
     uint64_t index = offset >> pool->chunk_shift;
     const struct slot *slot = layer_slot(io->layer, index / FANOUT);
     int rc = TP_OK;
     /* What was gathered is only good under the lock it was looked up under. */
-    if (!io->exclusive && (slot == NULL || slot->tag != index / FANOUT + 1)) rc = gather_flush(&g);
+    if (!io->exclusive && (slot == NULL || slot->tag != index / FANOUT + 1)) rc = gather_flush(g);
     struct node *leaf;
     if (rc == TP_OK) rc = io_find_leaf(io, index, offset, length, false, &leaf);
     uint64_t n = min_u64(length, chunk_size(pool) - (offset & mask));
-    if (rc == TP_OK) rc = read_entry(&g, leaf == NULL ? 0 : leaf->entry[index % FANOUT], buf, offset & mask, n);
+    if (rc == TP_OK) rc = read_entry(g, leaf == NULL ? 0 : leaf->entry[index % FANOUT], to, offset & mask, n);
     if (rc != TP_OK) return tp_error_where(rc, io->layer->rec.key, offset, n);
-    buf += n, offset += n, length -= n;
+    to += n, offset += n, length -= n;
   }
-  int rc = gather_flush(&g);
-  return rc == TP_OK ? rc : tp_error_where(rc, io->layer->rec.key, offset - g.length, g.length);
+  int rc = gather_flush(g);
+  return rc == TP_OK ? rc : tp_error_where(rc, io->layer->rec.key, offset - g->length, g->length);
 }
 
 int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
   struct io io;
+  struct gather g = {.pool = layer->pool, .buf = buf};
   int rc = io_begin(&io, layer, offset, length, false);
-  if (rc == TP_OK) rc = read_locked(&io, buf, length, offset);
+  if (rc == TP_OK) rc = read_locked(&io, &g, length, offset);
+  io_end(&io);
+  return rc;
+}
+
+/* Whether reading there needs no change of the lock, between which a chunk in the pipe could get another owner. */
+static bool in_slots(const struct io *io, uint64_t length, uint64_t offset) {
+  unsigned shift = io->layer->pool->chunk_shift;
+  for (uint64_t leaf = (offset >> shift) / FANOUT; leaf <= ((offset + length - 1) >> shift) / FANOUT; leaf++) {
+    const struct slot *slot = layer_slot(io->layer, leaf);
+    if (slot == NULL || slot->tag != leaf + 1) return false;
+  }
+  return true;
+}
+
+int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, int (*send)(void *ctx), void *ctx) {
+  struct io io;
+  struct gather g = {.pool = layer->pool, .pipe_fd = pipe_fd};
+  if (layer->pool->options.disk != NULL || length == 0) return TP_EINVAL;
+  int rc = io_begin(&io, layer, offset, length, false);
+  if (rc == TP_OK) rc = in_slots(&io, length, offset) ? read_locked(&io, &g, length, offset) : TP_EINVAL;
+  if (rc == TP_OK) rc = send(ctx);
   io_end(&io);
   return rc;
 }

@@ -234,4 +234,9 @@ int tp_nbd_serve(tp_pool *pool, tp_layer *layer, int fd, const tp_nbd_options *o
 
 /* cdef end */
 
+/* For exports in C. As tp_read, but into a pipe, and by reference to the page cache; then `send` hands it on, and while that runs nothing that
+ * the pipe refers to can get another owner. What send returns; or an error, and then the pipe may hold a part. TP_EINVAL: it cannot be done
+ * this way now, tp_read can. */
+int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, int (*send)(void *ctx), void *ctx);
+
 #endif

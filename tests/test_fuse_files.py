@@ -324,6 +324,39 @@ def test_direct_io_and_large_requests(pool: thinpool.Pool, tree: Path) -> None:
     os.close(descriptor)
 
 
+def test_large_reads_are_what_the_library_reads(pool: thinpool.Pool, tree: Path) -> None:
+    """They are answered by reference to the page cache, piece by piece: holes, shared chunks, blocks of several chunks, all at any offset."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    size = 4 * MIB + 12345
+    layer = pool.create_layer("base", size)
+    for generation in range(6):
+        for _ in range(25):
+            length = rng.choice((1, 511, 4096, 8192, 65536, 200_000))
+            offset = rng.randrange(size - length)
+            layer.pwrite(rng.randbytes(length), offset)
+            layer.discard(rng.randrange(size - 300_000), rng.randrange(300_000))
+        layer.snapshot(f"snap{generation}")
+    content = layer.pread(size, 0)
+    descriptor = opened(tree / "base", os.O_RDONLY)
+    try:
+        for _ in range(300):
+            offset = rng.randrange(size)
+            length = rng.randrange(64 * KIB, 300 * KIB)
+            assert os.pread(descriptor, length, offset) == content[offset : offset + length]
+        with mmap.mmap(-1, 4 * MIB) as memory:
+            direct = opened(tree / "base", os.O_RDONLY | os.O_DIRECT)
+            assert os.preadv(direct, [memory], 0) == 4 * MIB
+            assert memory[:] == content[: 4 * MIB]
+            os.close(direct)
+        os.truncate(pool.path / "data", pool.chunk_size)  # a part of it can be read, and the rest is lost
+        with pytest.raises(OSError):
+            os.pread(descriptor, size, 0)
+    finally:
+        os.close(descriptor)
+
+
 def test_many_threads_on_shared_files(pool: thinpool.Pool, tree: Path) -> None:
     base = pool.create_layer("base", 4 * MIB)
     base.pwrite(os.urandom(4 * MIB), 0)

@@ -252,7 +252,7 @@ class Uses:
             owner = int(one.owner.partition(":")[0] or 0)
             if owner and process_identity(owner) != one.owner:
                 continue
-            use = _Use(layer, one.purpose, owner, one.mountpoint, state="up", device=one.device)
+            use = _Use(layer, one.purpose, owner, one.mountpoint, state="up", owner_identity=one.owner, device=one.device)
             use.file = os.open(self._tree.file(layer.name), os.O_PATH | os.O_CLOEXEC)
             if one.mountpoint is not None:
                 thaw(self._pool, layer, one.mountpoint)

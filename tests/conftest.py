@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from guesttests import pytest_configure, pytest_runtest_protocol  # noqa: F401
 
 import thinpool
 

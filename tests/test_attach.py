@@ -252,6 +252,30 @@ def test_without_root_it_says_what_works(tmp_path_factory: pytest.TempPathFactor
     assert "export_raw" in ran.stdout
 
 
+WITHOUT_NBD = """
+import sys, thinpool
+with thinpool.Pool.create(sys.argv[1]) as pool:
+    try:
+        pool.create_layer("disk", "1M").attach(via="nbd")
+    except thinpool.ToolFailed as error:
+        print(error, pool.attachments())
+"""
+
+
+@needs_root()
+@needs_tool("unshare")
+def test_without_nbd_in_the_kernel_it_says_so(pool_path: Path) -> None:
+    # Where the kernel has it, it is not seen from another network namespace.
+    ran = subprocess.run(["unshare", "--net", sys.executable, "-c", WITHOUT_NBD, pool_path], check=True, capture_output=True, text=True)
+    assert ran.stdout == "no nbd devices here, or not in this network namespace: modprobe nbd, or attach via loop []\n"
+
+
+@needs_root()
+def test_there_is_no_third_kind_of_device(pool: thinpool.Pool) -> None:
+    with pytest.raises(thinpool.LayerState, match="via loop or nbd"):
+        pool.create_layer("disk", MIB).attach(via="tape")  # type: ignore[arg-type]
+
+
 @needs_root()
 @needs_tool("fio")
 def test_fio_reads_back_what_it_wrote(pool: thinpool.Pool, tmp_path: Path) -> None:

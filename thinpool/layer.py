@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .api import Attachment, Buffer, Extent, Progress, Size, Usage
+from .api import Attachment, Buffer, Extent, Progress, Size, Usage, Via
 from .catalog import LayerRecord
 from .engine import EngineLayer
 from .errors import BadSize, LayerDeleted, LayerState
@@ -211,17 +211,17 @@ class Layer:
         """Writes the layer to a sparse raw image file; holes stay holes."""
         self._pool.export_raw(self, Path(path), progress)
 
-    def attach(self, *, sector_size: int = 512, owner: int = 0) -> Attachment:
-        """Puts a loop device on the layer: logical block size 512 or 4096 bytes. Needs root."""
-        return self._pool.uses.attach(self, sector_size, owner)
+    def attach(self, *, sector_size: int = 512, owner: int = 0, via: Via = "loop") -> Attachment:
+        """Puts a block device on the layer: logical block size 512 or 4096 bytes. Needs root."""
+        return self._pool.uses.attach(self, sector_size, owner, via)
 
     def detach(self) -> None:
         """Takes the block device away."""
         self._pool.uses.detach(self)
 
-    def mount(self, directory: str | Path, *, read_only: bool | None = None, owner: int = 0) -> Attachment:
+    def mount(self, directory: str | Path, *, read_only: bool | None = None, owner: int = 0, via: Via = "loop") -> Attachment:
         """Mounts the layer's file system; sealed layers read-only. Needs root."""
-        return self._pool.uses.mount(self, Path(directory), read_only, owner)
+        return self._pool.uses.mount(self, Path(directory), read_only, owner, via)
 
     def unmount(self) -> None:
         """Takes the mount away, and the device with it."""

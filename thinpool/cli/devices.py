@@ -9,24 +9,27 @@ from typing import Annotated
 import typer
 
 from ..api import PoolAPI
+from ..api import Via as ViaName
 from ..errors import LayerState
 from . import options, service
 from .options import attached, opened, pool_path
 from .show import print_json
 
 User = Annotated[str, typer.Argument(metavar="LAYER", help="A layer's name, its device or its mountpoint.", show_default=False)]
+Via = Annotated[ViaName, typer.Option(help="A loop device, or an nbd device where the kernel has them.")]
 
 
 def attach(
     ctx: typer.Context,
     layer: options.Layer,
     sector_size: Annotated[int, typer.Option(help="The device's logical block size: 512 or 4096.")] = 512,
+    via: Via = "loop",
     as_json: options.AsJson = False,
     pool: options.Pool = None,
 ) -> None:
     """Make a layer a block device, and print its path. Needs root."""
     with opened(ctx, pool, server=True) as p:
-        attachment = p.layer(layer).attach(sector_size=sector_size)
+        attachment = p.layer(layer).attach(sector_size=sector_size, via=via)
     if as_json:
         print_json({"layer": attachment.layer, "device": attachment.device})
     else:
@@ -44,11 +47,12 @@ def mount(
     layer: options.Layer,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to.", show_default=False)],
     read_only: Annotated[bool, typer.Option("--read-only", help="Also for a writable layer.")] = False,
+    via: Via = "loop",
     pool: options.Pool = None,
 ) -> None:
     """Mount a layer's file system. Needs root."""
     with opened(ctx, pool, server=True) as p:
-        p.layer(layer).mount(directory, read_only=True if read_only else None)
+        p.layer(layer).mount(directory, read_only=True if read_only else None, via=via)
 
 
 def umount(ctx: typer.Context, layer: User, pool: options.Pool = None) -> None:

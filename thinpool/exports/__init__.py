@@ -3,6 +3,8 @@
 How the pieces hang together, from the bottom::
 
     layer -> file in the FUSE tree (fuse) -> loop device (loop) -> mount (mounts)
+      |                                                             ^
+      +----> NBD (csrc/nbd.c) ------------> nbd device (nbd_device)-+
 
 and who takes them down (keeping/takedown): :class:`Uses`, when asked, when an owner ends (owners), when the pool is closed; the
 keeper process (keeping), when this process dies; the next process, when the keeper died too. The keeper of a pool's server does not
@@ -27,16 +29,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..api import Attachment
+from ..api import Attachment, Via
 from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolReadOnly, ToolFailed
-from . import loop
 from .freezing import thaw
-from .fuse import NEEDS_ROOT, LayerTree
+from .fuse import NEEDS_ROOT, LayerTree, file_name
 from .keeping.link import KeeperLink, kernel_can_resend
-from .keeping.takedown import backing_file, device_number, loop_devices, remove_mountpoint, take_down_device
+from .keeping.takedown import backing_file, device_number, device_path, devices, is_nbd, remove_mountpoint, take_down_device, take_down_orphan
+from .loop import LoopDevice
 from .mounts import filesystem_of, mount_filesystem, unmount_filesystem
 from .nbd.server import NbdServer
 from .nbd.tls import tls_context
+from .nbd_device import NbdDevice
 from .owners import Owners, process_identity
 from .register import Register, SavedNbd, SavedUse
 
@@ -56,8 +59,11 @@ class _Use:
     state: str = "starting"
     owner_ended: bool = False
     owner_identity: str = ""
-    device: str = ""
-    file: int = -1  # O_PATH descriptor of the layer's file: to have its attributes looked at without asking for its name
+    block: LoopDevice | NbdDevice | None = None
+
+    @property
+    def device(self) -> str:
+        return self.block.path if self.block else ""
 
     @property
     def container(self) -> str | None:
@@ -151,17 +157,17 @@ class Uses:
 
     # --- making and ending uses ---
 
-    def attach(self, layer: Layer, sector_size: int = 512, owner: int = 0) -> Attachment:
-        """Put a loop device on a layer. Raises NeedsRoot, LayerBusy, LayerState, BadSize or ToolFailed."""
+    def attach(self, layer: Layer, sector_size: int = 512, owner: int = 0, via: Via = "loop") -> Attachment:
+        """Put a block device on a layer. Raises NeedsRoot, LayerBusy, LayerState, BadSize or ToolFailed."""
         if sector_size not in _SECTOR_SIZES:
             raise BadSize(f"a block device has sectors of 512 or 4096 bytes, not {sector_size}")
         if layer.size % sector_size:
             raise LayerState(f"layer {layer.name!r} has {layer.size} bytes, which is not a whole number of {sector_size}-byte sectors")
         with self._starting(_Use(layer, "attach", owner, None)) as use:
-            self._put_device(use, sector_size)
+            self._put_device(use, sector_size, via)
         return _attachment(use)
 
-    def mount(self, layer: Layer, directory: Path, read_only: bool | None = None, owner: int = 0) -> Attachment:
+    def mount(self, layer: Layer, directory: Path, read_only: bool | None = None, owner: int = 0, via: Via = "loop") -> Attachment:
         """Mount a layer's file system; ``read_only`` ``None``: if the layer is sealed.
 
         A directory in ``run/containers`` of the pool is a container's: it is made, and removed by :meth:`unmount`. Raises what
@@ -177,7 +183,7 @@ class Uses:
                 os.makedirs(mountpoint, mode=0o700, exist_ok=True)
             if not os.path.isdir(mountpoint):
                 raise ToolFailed(f"cannot mount on {directory}: it is not a directory; make it first")
-            self._put_device(use, 512)  # which any file system takes, whatever it was made on
+            self._put_device(use, 512, via)  # which any file system takes, whatever it was made on
             mount_filesystem(layer, use.device, mountpoint, layer.sealed or bool(read_only))
         return _attachment(use)
 
@@ -192,15 +198,13 @@ class Uses:
     def layer_resized(self, layer: Layer) -> None:
         """Let the kernel see a layer's new size, and the content that a reset gave it."""
         tree = self._tree
-        if tree is None:
-            return
-        tree.resized(layer.id)
+        if tree is not None:
+            tree.resized(layer.id)
         with self._lock:
             use = self._uses.get(layer.id)
-            ready = use is not None and use.state == "up"
-        if use is not None and ready:
-            os.fstat(use.file)  # loop devices of older kernels take the size that was last seen
-            loop.update_capacity(use.device)
+            block = use.block if use is not None and use.state == "up" else None
+        if block is not None:
+            block.resized()
 
     def close(self) -> None:
         """Take everything down, by force where it must be."""
@@ -233,7 +237,7 @@ class Uses:
         self._keeper, self._surviving = keeper, True
         if descriptors := keeper.kept("fuse"):
             self._tree = LayerTree(self._pool, descriptors)
-            self._adopt(saved.uses)
+        self._adopt(saved.uses)
         for settings in saved.nbd:
             if listener := keeper.kept(f"nbd:{settings.address}"):
                 self._nbd.adopt(settings.address, listener[0], _tls(settings))
@@ -242,26 +246,29 @@ class Uses:
         self._write_register()
 
     def _adopt(self, saved: Sequence[SavedUse]) -> None:
-        assert self._tree is not None
-        strays = {number for number in loop_devices() if backing_file(number, self._run) is not None}
+        strays = {device_path(number): file for number in devices() if (file := backing_file(number, self._run)) is not None}
         for one in saved:
-            number = device_number(one.device)
-            if number not in strays:
+            if one.device not in strays or (self._tree is None and not is_nbd(one.device)):
                 continue
             layer = self._pool.layer_by_id(one.layer_id)
             owner = int(one.owner.partition(":")[0] or 0)
-            if owner and process_identity(owner) != one.owner:
-                continue
-            use = _Use(layer, one.purpose, owner, one.mountpoint, state="up", owner_identity=one.owner, device=one.device)
-            use.file = os.open(self._tree.file(layer.name), os.O_PATH | os.O_CLOEXEC)
+            use = _Use(layer, one.purpose, owner, one.mountpoint, state="up", owner_identity=one.owner)
+            file = strays.pop(one.device)
+            if is_nbd(one.device):
+                use.block = NbdDevice(layer, file, orphan=one.device)
+            else:
+                assert self._tree is not None
+                use.block = LoopDevice(self._tree.file(layer.name), orphan=one.device)
             if one.mountpoint is not None:
                 thaw(self._pool, layer, one.mountpoint)
+            if owner and process_identity(owner) != one.owner:
+                self._force(use)
+                continue
             self._uses[layer.id] = use
-            strays.discard(number)
             if owner:
                 self._owners.watch(owner, use)
-        for number in strays:
-            take_down_device(number, self._run)
+        for device in strays:
+            take_down_orphan(device_number(device), self._run)
 
     def _write_register(self) -> None:
         if not self._surviving:
@@ -315,21 +322,32 @@ class Uses:
         self._force(use)
         return True
 
-    def _put_device(self, use: _Use, sector_size: int) -> None:
-        path = self._running_tree().file(use.layer.name)
-        use.file = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        use.device = loop.attach(path, sector_size, use.layer.sealed)
+    def _put_device(self, use: _Use, sector_size: int, via: Via) -> None:
+        if via == "loop":
+            use.block = LoopDevice(self._running_tree().file(use.layer.name), sector_size, use.layer.sealed)
+        elif via == "nbd":
+            with self._kept():
+                path = os.path.join(self._run, "layers", file_name(use.layer.name))
+            use.block = NbdDevice(use.layer, path, sector_size)
+        else:
+            raise LayerState(f"a layer becomes a block device via loop or nbd, not via {via!r}")
 
     def _running_tree(self) -> LayerTree:
+        with self._kept() as keeper:
+            if self._tree is None:
+                keeps = self._surviving and kernel_can_resend()
+                self._tree = LayerTree(self._pool, on_mounted=(lambda descriptors: keeper.keep("fuse", descriptors)) if keeps else None)
+            return self._tree
+
+    @contextmanager
+    def _kept(self) -> Iterator[KeeperLink]:
+        """There is a keeper, and nobody else changes the tree."""
         with self._tree_lock:
             if self._closing:
                 raise PoolClosed(f"the pool {self._pool.path} is closed")
-            if self._tree is None:
-                if self._keeper is None:
-                    self._keeper = KeeperLink(self._run)
-                keeper, keeps = self._keeper, self._surviving and kernel_can_resend()
-                self._tree = LayerTree(self._pool, on_mounted=(lambda descriptors: keeper.keep("fuse", descriptors)) if keeps else None)
-            return self._tree
+            if self._keeper is None:
+                self._keeper = KeeperLink(self._run)
+            yield self._keeper
 
     def _end(self, layer: Layer, *, mounted: bool) -> None:
         with self._lock:
@@ -339,10 +357,10 @@ class Uses:
                 raise LayerState(f"layer {layer.name!r} is not {what}" + (f", it is in use otherwise: {use}" if use else ""))
             use.state = "ending"
         try:
-            if backing_file(device_number(use.device), self._run) is not None:  # else somebody has taken it down by hand
+            if use.block is not None and backing_file(device_number(use.device), self._run) is not None:  # else somebody has taken it down by hand
                 if use.mountpoint is not None:
                     unmount_filesystem(use.mountpoint, use.device)
-                loop.detach(use.device)
+                use.block.detach()
         except BaseException:
             if not self._settle(use):
                 raise
@@ -350,9 +368,8 @@ class Uses:
             self._forget(use)
 
     def _forget(self, use: _Use) -> None:
-        if use.file >= 0:
-            os.close(use.file)
-            use.file = -1
+        if use.block is not None:
+            use.block.close()
         if use.mountpoint is not None:
             remove_mountpoint(self._run, use.mountpoint)
         if use.owner:

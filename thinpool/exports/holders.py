@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def holders(device: str) -> tuple[str, ...]:
-    """The processes that have a block device open, or something on its file system, or see it mounted in a mount namespace of
+    """The processes that have a block device or a partition of it open, or something on its file system, or see it mounted in a mount namespace of
     their own, as ``"bash (pid 4242)"``. Those that may not be looked at are left out.
 
     Nothing is opened or looked at but the kernel's own tables: a stat of what others have open would wait on file systems
@@ -19,6 +19,11 @@ def holders(device: str) -> tuple[str, ...]:
         if entry.name.isdigit() and int(entry.name) != os.getpid() and _uses(entry.path, device, number):
             found.append(f"{_command(entry.path)} (pid {entry.name})")
     return tuple(found)
+
+
+def times_open_here(device: str) -> int:
+    """How often this process has a block device, or a partition of it, open."""
+    return sum(_leads_to(entry.path, device, []) for entry in os.scandir("/proc/self/fd"))
 
 
 def describe(users: tuple[str, ...]) -> str:
@@ -59,4 +64,4 @@ def _leads_to(link: str, device: str, mountpoints: list[str]) -> bool:
         path = os.readlink(link)
     except OSError:
         return False
-    return path == device or any(path == mountpoint or path.startswith(f"{mountpoint}/") for mountpoint in mountpoints)
+    return path == device or path.startswith(f"{device}p") or any(path == mountpoint or path.startswith(f"{mountpoint}/") for mountpoint in mountpoints)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from ..errors import LayerBusy, ToolFailed
 from .holders import describe, holders
-from .keeping.takedown import LOOP_CLR_FD, device_number, loop_devices
+from .keeping.takedown import device_number, devices, let_go
 
 _SET_STATUS64, _GET_STATUS64, _SET_CAPACITY, _CONFIGURE, _GET_FREE = 0x4C04, 0x4C05, 0x4C07, 0x4C0A, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
@@ -36,11 +36,51 @@ def _opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(descriptor)
 
 
-def attach(file: str, sector_size: int, read_only: bool) -> str:
-    """Put a loop device on a file; its path. ``sector_size``: its logical block size in bytes.
+class LoopDevice:
+    """A loop device on a file."""
 
-    Raises :class:`~thinpool.errors.ToolFailed` where the kernel has no loop devices, or refuses.
-    """
+    def __init__(self, file: str, sector_size: int = 512, read_only: bool = False, orphan: str | None = None) -> None:
+        """``sector_size``: its logical block size in bytes; ``orphan``: the device, if it is there already.
+
+        Raises :class:`~thinpool.errors.ToolFailed` where the kernel has no loop devices, or refuses.
+        """
+        self._file = os.open(file, os.O_PATH | os.O_CLOEXEC)  # to have its attributes looked at without asking for its name
+        try:
+            self.path = orphan or _attach(file, sector_size, read_only)
+        except BaseException:
+            self.close()
+            raise
+
+    def resized(self) -> None:
+        """Let the device take its file's new size."""
+        os.fstat(self._file)  # devices of older kernels take the size that was last seen
+        with _opened(self.path) as descriptor:
+            fcntl.ioctl(descriptor, _SET_CAPACITY)
+
+    def detach(self) -> None:
+        """Take the file off the device, and wait until it is off.
+
+        Raises :class:`~thinpool.errors.LayerBusy` naming who has the device open; it stays as it was then.
+        """
+        number = device_number(self.path)
+        backing = devices().get(number)
+        if backing is None:
+            return
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        let_go(self.path)
+        while devices().get(number) == backing:
+            if time.monotonic() > deadline:
+                _keep(self.path)
+                users = holders(self.path)
+                raise LayerBusy(f"{self.path} is in use{describe(users)}: end that first", users)
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Forget about the device, which was detached or taken down."""
+        os.close(self._file)
+
+
+def _attach(file: str, sector_size: int, read_only: bool) -> str:
     with _opened(file, os.O_RDONLY if read_only else os.O_RDWR) as backing:
         info = _INFO.pack(*(0,) * 8, _DIRECT_IO | (_READ_ONLY if read_only else 0), os.fsencode(file)[:63], b"", b"", 0, 0)
         config = _CONFIG.pack(backing, sector_size, info)
@@ -69,36 +109,9 @@ def _free_device() -> str:
     return device
 
 
-def detach(device: str) -> None:
-    """Take the file off a loop device, and wait until it is off.
-
-    Raises :class:`~thinpool.errors.LayerBusy` naming who has the device open; it stays as it was then.
-    """
-    number = device_number(device)
-    backing = loop_devices().get(number)
-    if backing is None:
-        return
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    with _opened(device) as descriptor:
-        # While others have it open, this only marks the device to be let go by the last of them.
-        fcntl.ioctl(descriptor, LOOP_CLR_FD)
-    while loop_devices().get(number) == backing:
-        if time.monotonic() > deadline:
-            _keep(device)
-            users = holders(device)
-            raise LayerBusy(f"{device} is in use{describe(users)}: end that first", users)
-        time.sleep(0.01)
-
-
 def _keep(device: str) -> None:
     """Undo the mark of a detach that was not to be."""
     with _opened(device) as descriptor:
         fields = list(_INFO.unpack(fcntl.ioctl(descriptor, _GET_STATUS64, bytes(_INFO.size))))
         fields[_FLAGS_FIELD] &= ~_AUTOCLEAR
         fcntl.ioctl(descriptor, _SET_STATUS64, _INFO.pack(*fields))
-
-
-def update_capacity(device: str) -> None:
-    """Let the device take its file's new size."""
-    with _opened(device) as descriptor:
-        fcntl.ioctl(descriptor, _SET_CAPACITY)

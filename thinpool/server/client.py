@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..api import Attachment, Buffer, Extent, LayerAPI, PoolUsage, Progress, Size, Usage
+from ..api import Attachment, Buffer, Extent, LayerAPI, PoolUsage, Progress, Size, Usage, Via
 from .remote import RemoteContainers, RemoteImages, follow
 from .transport import Transport
 from .wire import LayerRecord, decode_extents
@@ -303,13 +303,13 @@ class RemoteLayer:
         """Writes it as a sparse raw image. The server's user must be able to write there."""
         follow(self._transport.lines("POST", f"{self._route}/export/raw", {"path": os.path.abspath(path)}), progress)
 
-    def attach(self, *, sector_size: int = 512, owner: int = 0) -> Attachment:
-        """Makes it a block device. Raises NeedsRoot, LayerBusy."""
-        return Attachment(**self._ask("POST", "attach", {"sector_size": sector_size, "owner": owner}))
+    def attach(self, *, sector_size: int = 512, owner: int = 0, via: Via = "loop") -> Attachment:
+        """Makes it a block device. Raises NeedsRoot, LayerBusy, ToolFailed."""
+        return Attachment(**self._ask("POST", "attach", {"sector_size": sector_size, "owner": owner, "via": via}))
 
-    def mount(self, directory: str | Path, *, read_only: bool | None = None, owner: int = 0) -> Attachment:
+    def mount(self, directory: str | Path, *, read_only: bool | None = None, owner: int = 0, via: Via = "loop") -> Attachment:
         """Mounts its file system. Raises NeedsRoot, LayerBusy, ToolFailed."""
-        body = {"directory": os.path.abspath(directory), "read_only": read_only, "owner": owner}
+        body = {"directory": os.path.abspath(directory), "read_only": read_only, "owner": owner, "via": via}
         return Attachment(**self._ask("POST", "mount", body))
 
     def detach(self) -> None:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from .state import Flag, GateOf, Labels, LayerOf, LayersOf, Name, Number, OptionalName, OptionalSize, SizeField
+from .state import Flag, GateOf, Labels, LayerOf, LayersOf, Name, Number, OptionalName, OptionalSize, SizeField, ViaField
 from .streams import extent_lines, work_lines
 from .wire import Json, record_of
 
@@ -125,15 +125,15 @@ async def export_raw(gate: GateOf, layer: LayerOf, path: Name) -> StreamingRespo
 
 
 @router.post("/attach")
-def attach(layer: LayerOf, sector_size: Number, owner: Number) -> Json:
+def attach(layer: LayerOf, sector_size: Number, owner: Number, via: ViaField = "loop") -> Json:
     """Makes it a block device."""
-    return asdict(layer.attach(sector_size=sector_size, owner=owner))
+    return asdict(layer.attach(sector_size=sector_size, owner=owner, via=via))
 
 
 @router.post("/mount")
-def mount(layer: LayerOf, directory: Name, owner: Number, read_only: Flag = None) -> Json:
+def mount(layer: LayerOf, directory: Name, owner: Number, read_only: Flag = None, via: ViaField = "loop") -> Json:
     """Mounts its file system."""
-    return asdict(layer.mount(directory, read_only=read_only, owner=owner))
+    return asdict(layer.mount(directory, read_only=read_only, owner=owner, via=via))
 
 
 @router.post("/detach")

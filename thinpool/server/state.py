@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import Body, Depends, Request
 
-from ..api import LayerAPI, PoolAPI
+from ..api import LayerAPI, PoolAPI, Via
 from ..errors import LayerDeleted
 from .wire import Json, record_of
 
@@ -111,3 +111,4 @@ NameOrId = Annotated[int | str, _field]
 Flag = Annotated[bool | None, _field]
 OptionalSize = Annotated[int | float | str | None, _field]
 OptionalName = Annotated[str | None, _field]
+ViaField = Annotated[Via, _field]

@@ -175,7 +175,7 @@ class Keeper:
     def _find_successor(self) -> bool:
         """Hands all that is kept to the next process; false: none came in time."""
         if "fuse" not in self._kept:
-            takedown.take_down(self._run)  # nobody can serve that any more
+            takedown.take_down_tree(self._run)  # nobody can serve that any more
         waiting, self._waiting = self._waiting, None
         if waiting is not None and self._hand_over(waiting):
             return True

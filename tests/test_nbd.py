@@ -28,8 +28,8 @@ GO, LIST, STARTTLS, STRUCTURED = 7, 3, 5, 8
 ERROR = 1 << 31
 
 
-def run(*command: str | Path, check: bool = True) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60)
+def run(*command: str | Path, check: bool = True, cwd: Path | None = None) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60, cwd=cwd)
     assert done.returncode == 0 or not check, f"{command}: {done.stdout} {done.stderr}"
     return done.stdout + done.stderr
 
@@ -164,9 +164,9 @@ def test_random_requests(world: World, structured: bool) -> None:
     run("/usr/bin/python3", "-c", program + PROGRAM.format(seed=3, size=SIZE))  # Debian's, which python3-libnbd is for
 
 
-def test_fio_verifies_what_it_wrote(world: World) -> None:
+def test_fio_verifies_what_it_wrote(world: World, tmp_path: Path) -> None:
     job = f"--name=v --ioengine=nbd --uri={world.uri()} --rw=randwrite --bsrange=4k-256k --iodepth=16 --verify=crc32c --size=16m --fsync=64"
-    run("fio", *job.split())
+    run("fio", *job.split(), cwd=tmp_path)
 
 
 def test_qemu_and_nbdkit_in_front(world: World, tmp_path: Path) -> None:

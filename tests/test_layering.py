@@ -28,7 +28,8 @@ RANKS = {
     "containers": 11,
     "server": 12,
     "__init__": 13,
-    "cli": 14,
+    "containerd": 14,
+    "cli": 15,
 }
 HEADER_RANKS = {"thinpool": 0, "common": 1, "nbd": 1, "codec": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7}
 HEADER_RANKS |= {"redo": 8, "fuse": 8}

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import containers, devices, images, layers, listings, transfer
+from . import containers, devices, images, layers, listings, snapshots, transfer
 from .exits import INTERRUPTED, USAGE, code_of, message_of
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "mount": devices.mount,
         "umount": devices.umount,
         "serve": devices.serve,
+        "snapshotter": snapshots.snapshotter,
     },
 }
 

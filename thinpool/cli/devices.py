@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from ..errors import LayerState
 from . import options, service
 from .options import attached, opened, pool_path
 from .show import print_json
+from .snapshots import snapshots_served
 
 User = Annotated[str, typer.Argument(metavar="LAYER", help="A layer's name, its device or its mountpoint.", show_default=False)]
 Via = Annotated[ViaName, typer.Option(help="A loop device, or an nbd device where the kernel has them.")]
@@ -72,6 +73,7 @@ def serve(
     tls_certificates: Annotated[Path | None, typer.Option(metavar="DIR", help="server-cert.pem, server-key.pem, ca-cert.pem.", show_default=False)] = None,
     tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Pre-shared keys: lines user:hex.", show_default=False)] = None,
     tls_verify_peer: Annotated[bool, typer.Option("--tls-verify-peer", help="Only clients with a certificate of ca-cert.pem.")] = False,
+    containerd: Annotated[Path | None, typer.Option(metavar="SOCKET", help="Be containerd's snapshotter too.", show_default=False)] = None,
     pool: options.Pool = None,
 ) -> None:
     """Start the pool's server; it stops when nothing is attached or served by NBD and nobody connected.
@@ -80,6 +82,8 @@ def serve(
     started anew; devices, mounts and what was written through them are still there.
     """
     path = pool_path(ctx, pool)
+    if containerd is not None and not foreground:
+        raise typer.BadParameter("it needs --foreground: say thinpool snapshotter beside a server in the background", param_hint="--containerd")
 
     def listen(p: PoolAPI) -> None:
         for address in nbd or ():
@@ -100,4 +104,5 @@ def serve(
     listener = service.listener()
     with kept_pool(path, takeover=takeover) as (opened_pool, keeper):
         listen(opened_pool)
-        serve_pool(opened_pool, keeper, stays=True, listener=listener, on_ready=service.say_ready)
+        with snapshots_served(lambda: opened_pool, containerd) if containerd is not None else nullcontext():
+            serve_pool(opened_pool, keeper, stays=True, listener=listener, on_ready=service.say_ready)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..api import LayerAPI, PoolAPI
 from ..catalog import PARTIAL_LABEL
 from ..errors import ToolFailed
 
@@ -29,7 +30,7 @@ def frozen_snapshot(pool: Pool, layer: Layer) -> Iterator[Layer]:
     """A sealed layer with a layer's content of now, for as long as this is entered. Raises ToolFailed where it cannot be frozen."""
     mountpoint = next((one.mountpoint for one in pool.attachments() if one.layer == layer.name and one.mountpoint), None)
     name = f"thinpool/frozen/{uuid.uuid4().hex}"
-    with _frozen(mountpoint, _mark(pool, layer)):
+    with frozen(pool, layer, mountpoint):
         snapshot = layer.snapshot(name, labels={PARTIAL_LABEL: "1"})
     try:
         yield snapshot
@@ -37,8 +38,8 @@ def frozen_snapshot(pool: Pool, layer: Layer) -> Iterator[Layer]:
         snapshot.delete()
 
 
-def thaw(pool: Pool, layer: Layer, mountpoint: str) -> None:
-    """Ends what a process that was killed in the midst of :func:`frozen_snapshot` began."""
+def thaw(pool: PoolAPI, layer: LayerAPI, mountpoint: str) -> None:
+    """Ends what a process that was killed in the midst of :func:`frozen` began."""
     mark = _mark(pool, layer)
     if mark.exists():
         with _opened(mountpoint) as fd, suppress(OSError):  # it may not have come to freezing it
@@ -46,7 +47,7 @@ def thaw(pool: Pool, layer: Layer, mountpoint: str) -> None:
         mark.unlink()
 
 
-def _mark(pool: Pool, layer: Layer) -> Path:
+def _mark(pool: PoolAPI, layer: LayerAPI) -> Path:
     """A file that says that we have frozen it: the kernel keeps it frozen, whoever dies."""
     return pool.path / "run" / f"frozen-{layer.id}"
 
@@ -61,10 +62,15 @@ def _opened(mountpoint: str) -> Iterator[int]:
 
 
 @contextmanager
-def _frozen(mountpoint: str | None, mark: Path) -> Iterator[None]:
+def frozen(pool: PoolAPI, layer: LayerAPI, mountpoint: str | None) -> Iterator[None]:
+    """Holds up those who write to a layer's file system, with all that they have written in its place. ``None``: it is not mounted.
+
+    Raises ToolFailed.
+    """
     if mountpoint is None:
         yield
         return
+    mark = _mark(pool, layer)
     with _opened(mountpoint) as fd:
         mark.touch()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,33 @@ def test_a_snapshot_that_is_mounted_can_be_committed(client: Client, pool: thinp
         (root / "file").write_bytes(b"later")
         with client.mounted(tmp_path / "view", "View", key="view", parent="committed") as view:
             assert (view / "file").read_bytes() == b"not synced"
+    wait_until(lambda: [one.layer for one in pool.attachments()] == [layer_name("view")])
+
+
+HOLDER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
+assert libc.mount(None, b"/", None, 0x44000, None) == 0  # MS_REC | MS_PRIVATE
+source, directory, kind, data = (word.encode() for word in sys.argv[1:])
+assert libc.mount(source, directory, kind, 0, data) == 0, os.strerror(ctypes.get_errno())
+with open(directory + b"/file", "w") as file:
+    file.write("not synced")
+print("mounted", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_snapshot_that_is_mounted_out_of_sight_can_be_committed(client: Client, pool: thinpool.Pool, tmp_path: Path) -> None:
+    device = client.device("Prepare", key="a")
+    command = [sys.executable, "-c", HOLDER, device, tmp_path, "ext4", "discard"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "mounted\n"
+        client("Commit", key="a", name="committed")
+        with client.mounted(tmp_path / "view", "View", key="view", parent="committed") as view:
+            assert (view / "file").read_text() == "not synced"
+        holder.communicate("")
     wait_until(lambda: [one.layer for one in pool.attachments()] == [layer_name("view")])
 
 

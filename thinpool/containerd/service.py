@@ -27,6 +27,7 @@ _LOG = logging.getLogger("thinpool.containerd")
 _THREADS = 32
 _GRACE_SECONDS = 5
 _LIST_BATCH = 100
+_PATH_BYTES_MAX = 107  # of a Unix socket
 _LEFTOVERS_SECONDS = 1.0  # until what is in use is looked at again
 _KINDS = {"view": VIEW, "active": ACTIVE, "committed": COMMITTED}
 _Code = grpc.StatusCode
@@ -193,15 +194,16 @@ class Service:
 
 
 def _listen(server: grpc.Server, address: str) -> None:
+    path = os.path.abspath(address)
+    if not os.path.isdir(os.path.dirname(path)) or len(os.fsencode(path)) > _PATH_BYTES_MAX:  # gRPC would say so on standard error
+        raise errors.BadAddress(f"cannot listen on {address}: its directory must be there, and its path have {_PATH_BYTES_MAX} bytes at most")
     mask = os.umask(0o177)
     try:
-        bound = server.add_insecure_port(f"unix:{os.path.abspath(address)}")
+        server.add_insecure_port(f"unix:{path}")
     except RuntimeError:
-        bound = 0
+        raise errors.BadAddress(f"cannot listen on {address}: something else is there, or it may not be made") from None
     finally:
         os.umask(mask)
-    if not bound:
-        raise errors.BadAddress(f"cannot listen on {address}: is its directory there, and the path no longer than 100 bytes?")
 
 
 def _unary(call: Callable[[Any, int], Any], request: str) -> grpc.RpcMethodHandler:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from ..api import LayerAPI, PoolAPI
 from ..errors import BadName, LayerBusy, LayerDeleted, LayerExists, LayerNotFound, LayerState
 from ..exports.freezing import frozen, thaw
-from ..exports.takedown import device_number, mount_table
+from ..exports.keeping.takedown import device_number, mount_table
 from ..filesystems.blank import FILESYSTEM_LABEL
 from ..server.client import RemotePool
 from ..server.wire import LayerRecord, records_of

@@ -12,6 +12,7 @@
 
 #define FANOUT 256u
 #define MAX_HEIGHT 7u /* 256^7 chunks */
+#define TP_BLOCKS_MAX 1024u /* blocks of the largest chunk */
 #define SPLIT_BIT ((uint64_t)1 << 63)
 
 struct split {

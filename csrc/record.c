@@ -172,7 +172,7 @@ void cache_free_all(struct tp_pool *pool) {
 
 enum { HEAD = 16, CRC = 4 };
 
-static uint32_t record_crc(uint32_t kind, const uint8_t key[8], const uint8_t *body, size_t length) {
+uint32_t record_crc(uint32_t kind, const uint8_t key[8], const uint8_t *body, size_t length) {
   uint8_t prefix[9] = {(uint8_t)kind};
   memcpy(prefix + 1, key, 8);
   return tp_crc32c(tp_crc32c(0, prefix, sizeof prefix), body, length);

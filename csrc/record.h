@@ -63,6 +63,8 @@ void cache_free_all(struct tp_pool *pool);
  * where there is none. Mutex held. */
 struct reader;
 int record_fetch(struct tp_pool *pool, uint32_t kind, uint64_t key, struct reader *out);
+/* The checksum of a stored record; key as stored. */
+uint32_t record_crc(uint32_t kind, const uint8_t key[8], const uint8_t *body, size_t length);
 /* Frames a value for the store: begin, append the body to pool->out, end fills in length and CRC. */
 size_t record_begin(struct bytes *out, uint32_t kind, uint64_t key, bool deleted);
 void record_end(struct bytes *out, size_t begin);

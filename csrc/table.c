@@ -19,6 +19,18 @@ static int decode(struct tp_pool *pool, uint32_t kind, uint64_t index, struct pa
   return in.bad ? tp_error_record(TP_ECORRUPT, kind, index) : TP_OK;
 }
 
+/* The summary of a chunk page says how many of its chunks are free: a page that is lost, or an old one, is not what it says, and
+ * nothing must be handed out by it. */
+static bool fits_summary(const struct tp_pool *pool, const struct page *page) {
+  uint32_t clean = 0, dirty = 0;
+  for (unsigned i = 0; i < PAGE_VALUES; i++) {
+    clean += page->value[i] == CHUNK_CLEAN;
+    dirty += page->value[i] == CHUNK_DIRTY;
+  }
+  uint32_t summary = page->summary->value[page->rec.key % PAGE_VALUES];
+  return page->rec.key < pool->space.pages ? summary == (clean | dirty << 16) : summary == 0 && clean == PAGE_VALUES;
+}
+
 int page_get(struct tp_pool *pool, uint32_t kind, uint64_t index, struct page **out) {
   struct page *page = as_page(cache_find(pool, kind, index));
   if (page == NULL) {
@@ -32,6 +44,7 @@ int page_get(struct tp_pool *pool, uint32_t kind, uint64_t index, struct page **
     page->rec.key = index;
     page->summary = summary;
     int rc = decode(pool, kind, index, page);
+    if (rc == TP_OK && kind == TP_CHUNK_PAGE && !fits_summary(pool, page)) rc = tp_error_record(TP_ECORRUPT, kind, index);
     if (rc != TP_OK) {
       free(page);
       return rc;

@@ -232,6 +232,36 @@ typedef struct {
 /* Serves until the client or anybody who shuts the socket down ends it; fd stays the caller's. */
 int tp_nbd_serve(tp_pool *pool, tp_layer *layer, int fd, const tp_nbd_options *options);
 
+/* --- stored records without a pool, for checking and repairing (inspect.c). Values as they are in the store, checksum first;
+ *     TP_ECORRUPT: not what was written. Nothing is locked, and no error detail is set --- */
+typedef struct {        /* where the references to chunks are counted: `length` chunks from `first` on */
+  uint32_t *count;      /* stops growing at its largest value */
+  uint64_t first, length;
+} tp_counts;
+typedef struct {
+  uint64_t level;
+  uint64_t entry[256];  /* chunk number + 1, or a child's id; 0: nothing, or a split */
+  uint64_t split_count, last_split;
+  uint64_t references;  /* leaves: chunks named, by a split each once */
+  uint64_t chunks_end;  /* leaves: the largest chunk number named, + 1 */
+} tp_node_info;
+/* Decodes a node of a pool with `blocks` blocks to the chunk. counts and splits may be NULL; splits has room for 256 times
+ * 2 + blocks numbers: place, own, blocks. */
+int tp_inspect_node(uint64_t id, const void *value, uint64_t length, uint64_t blocks, tp_node_info *out, const tp_counts *counts,
+                    uint64_t *splits);
+int tp_inspect_page(uint32_t kind, uint64_t key, const void *value, uint64_t length, uint32_t *out); /* 1,024 values */
+/* The stored form; *length: the room there is, then what it took. TP_ERANGE: too little. */
+int tp_make_node(uint64_t id, const tp_node_info *node, uint64_t blocks, const uint64_t *splits, void *out, uint64_t *length);
+int tp_make_page(uint32_t kind, uint64_t key, const uint32_t *values, void *out, uint64_t *length);
+typedef struct {
+  uint32_t too_low, first_low;   /* how many counts are below the references found, and the first such place */
+  uint32_t too_high, first_high; /* above */
+  uint32_t unused;               /* with a count, without a reference */
+  uint32_t clean, dirty, allocated;
+} tp_comparison;
+/* A page's 1,024 stored values against references that were found; chunks: the values are those of chunks, else of nodes. */
+void tp_compare_counts(const uint32_t *stored, const uint32_t *found, int chunks, tp_comparison *out);
+
 /* cdef end */
 
 /* For exports in C. As tp_read, but into a pipe, and by reference to the page cache; then `send` hands it on, and while that runs nothing that

@@ -46,6 +46,7 @@ def needs_tool(*tools: str) -> pytest.MarkDecorator:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--crash-cuts", type=int, default=3600, help="power cuts in tests/test_crash.py")
     parser.addoption("--server-kills", type=int, default=6, help="kills of the server in each test of tests/test_survival.py that loads it")
+    parser.addoption("--damage-rounds", type=int, default=1, help="times that each kind of damage is done, from another seed each")
 
 
 @pytest.fixture

@@ -148,12 +148,40 @@ class _Work:
         state = {"created": self._layer.created, "base": self._base_digest, "position": self._position, "opened": self._tree.opened()}
         self._pool.put_document(self._key, json.dumps(state).encode())
 
-    def _finish(self) -> None:
+    def again(self, on_piece: Callable[[int], None]) -> str:
+        """The digest of a layer that has one, computed from its bytes as they are now."""
+        for start, end in self._pieces():
+            self._add(start, end)
+            on_piece(end)
+        return self._digest()
+
+    def _digest(self) -> str:
         base = bytes.fromhex(self._base_digest.removeprefix("sha256:")) or bytes(_DIGEST_BYTES)
         whole = hashlib.sha256(b"thinpool content 1\n" + base + self._layer.size.to_bytes(8, "little") + self._tree.root())
+        return f"sha256:{whole.hexdigest()}"
+
+    def _finish(self) -> None:
         with self._pool.atomically():
-            self._pool.set_digests(self._layer, {"content": f"sha256:{whole.hexdigest()}"})
+            self._pool.set_digests(self._layer, {"content": self._digest()})
             self._pool.put_document(self._key, None)
+
+
+def has_its_content(layer: Layer, on_piece: Callable[[int], None] = lambda _: None) -> bool | None:
+    """Whether a sealed layer's bytes still have its content digest; ``None``: it has none, or what that is relative to was deleted."""
+    if "content" not in layer.digests:
+        return None
+    # Which ancestor was the nearest sealed one then is not known: others may have been sealed since.
+    bases: list[Layer | None] = []
+    above = layer.parent
+    while above is not None:
+        if above.sealed and "content" in above.digests:
+            bases.append(above)
+        top, above = above, above.parent
+    orphan = (top if layer.parent is not None else layer).origin is not None
+    for base in (*bases, None):
+        if _Work(layer.pool, layer, base).again(on_piece) == layer.digests["content"]:
+            return True
+    return None if orphan else False
 
 
 def _ranges_equal(pool: Pool, one: Layer, other: Layer, on_piece: Callable[[int], None]) -> bool:

@@ -12,12 +12,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lmdb
 
@@ -28,7 +29,8 @@ from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy
 FORMAT_VERSION = 1
 # Features that this version knows, by what a version that does not know one must do.
 KNOWN_INCOMPATIBLE: frozenset[str] = frozenset()  # refuse the pool
-KNOWN_READ_COMPATIBLE = frozenset({"documents"})  # open it read-only
+KNOWN_READ_COMPATIBLE = frozenset({"documents", "sums"})  # open it read-only
+_FEATURES_FROM_THE_START = frozenset({"sums"})  # of new pools only
 _DATABASES = {
     data_plane.NODE: b"nodes",
     data_plane.CHUNK_PAGE: b"chunk-counts",
@@ -41,7 +43,10 @@ LAYER, FINGERPRINT, POOL, DOCUMENT = 7, 8, 9, 10
 """Kinds of the records that are framed here, for their CRC."""
 _OWN_DATABASES = {LAYER: b"layers", FINGERPRINT: b"fingerprints", POOL: b"pool"}
 _LATER_DATABASES = {DOCUMENT: b"documents"}  # pools made by earlier versions have none until they are opened for writing
-_POOL_KEY = b"pool"
+DATABASE_NAMES = {**_DATABASES, **_OWN_DATABASES, **_LATER_DATABASES}
+"""All databases by the kind of their records."""
+_POOL_KEY, SUMS_KEY = b"pool", b"sums"
+_SUM_MAX = 2**64 - 1
 _INITIAL_MAP_BYTES = 256 << 20
 _RESERVE_BYTES = 8 << 20
 
@@ -57,6 +62,34 @@ def unframe(kind: int, key: bytes, value: bytes) -> bytes:
     if len(value) < 4 or frame(kind, key, body) != value:
         raise DamagedError(f"damaged metadata: record {key!r} of kind {kind} does not match its checksum")
     return body
+
+
+class Sums:
+    """How many records there are, all but those of kind POOL, and the sum of their checksums."""
+
+    __slots__ = ("checksums", "count")
+
+    def __init__(self, count: int = 0, checksums: int = 0) -> None:
+        self.count, self.checksums = count, checksums
+
+    @classmethod
+    def of(cls, stored: Any) -> Self:
+        """As stored. Raises DamagedError."""
+        count, checksums = struct.unpack("<QQ", unframe(POOL, SUMS_KEY, bytes(stored)))
+        return cls(count, checksums)
+
+    def record(self) -> bytes:
+        """The stored form."""
+        return frame(POOL, SUMS_KEY, struct.pack("<QQ", self.count, self.checksums))
+
+    def add(self, value: Any) -> None:
+        """A stored value, whose first four bytes are its checksum."""
+        self.count += 1
+        self.checksums = self.checksums + int.from_bytes(value[:4], "little") & _SUM_MAX
+
+    def remove(self, value: Any) -> None:
+        self.count -= 1
+        self.checksums = self.checksums - int.from_bytes(value[:4], "little") & _SUM_MAX
 
 
 class Metadata:
@@ -181,7 +214,7 @@ class Metadata:
         """Marks a pool of an earlier version as written by this one, which keeps records that the earlier one does not know."""
         record = self.pool_record()
         features = record["features"]
-        if missing := KNOWN_READ_COMPATIBLE - set(features["read_compatible"]):
+        if missing := KNOWN_READ_COMPATIBLE - _FEATURES_FROM_THE_START - set(features["read_compatible"]):
             self._put_pool(record | {"features": features | {"read_compatible": sorted({*features["read_compatible"], *missing})}})
 
     def set_capacity(self, capacity: int) -> None:
@@ -224,32 +257,39 @@ class Metadata:
         for items in puts.values():
             items.sort()  # neighbours fill pages well
 
-        def write(txn: Any) -> None:
-            for kind, key in deletes:
-                txn.delete(key, db=self._dbs[kind])
-            for kind, items in puts.items():
-                if items:
-                    txn.cursor(self._dbs[kind]).putmulti(items, overwrite=True)
-
-        return self._write(write)
+        return self._write(lambda txn: self._change(txn, puts, deletes))
 
     def put_window(self, record: Record) -> None:
         """Stores (or with value ``None`` removes) the engine's allocation window, and nothing else."""
         kind, key, value = record
+        puts = {} if value is None else {kind: [(key, value)]}
+        self._write(lambda txn: self._change(txn, puts, [] if value is not None else [(kind, key)]))
 
-        def write(txn: Any) -> None:
-            if value is None:
+    def _change(self, txn: Any, puts: Mapping[int, list[tuple[bytes, bytes]]], deletes: Iterable[tuple[int, bytes]]) -> None:
+        """Stores and removes records, and keeps the sums over all records in step, by which a check finds old ones in new places."""
+        stored = txn.get(SUMS_KEY, db=self._dbs[POOL])
+        sums = Sums() if stored is None else Sums.of(stored)
+        for kind, key in deletes:
+            old = txn.get(key, db=self._dbs[kind])
+            if old is not None:
+                sums.remove(old)
                 txn.delete(key, db=self._dbs[kind])
-            else:
-                txn.put(key, value, db=self._dbs[kind])
-
-        self._write(write)
+        for kind, items in puts.items():
+            db = self._dbs[kind]
+            for key, value in items:
+                old = txn.get(key, db=db)
+                if old is not None:
+                    sums.remove(old)
+                sums.add(value)
+            if items:
+                txn.cursor(db).putmulti(items, overwrite=True)
+        txn.put(SUMS_KEY, sums.record(), db=self._dbs[POOL])
 
     def _write(self, write: Callable[[Any], object]) -> int:
         """Runs a write transaction to its durable end: again in a larger map, if need be."""
         while True:
             try:
-                with _lmdb_errors(self.path), self._env.begin(write=True) as txn:
+                with _lmdb_errors(self.path), self._env.begin(write=True, buffers=True) as txn:
                     self._reserve()
                     write(txn)
                     return int(txn.id())
@@ -271,6 +311,23 @@ class Metadata:
         with suppress(OSError), open(self.path / "data.mdb", "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, used + _RESERVE_BYTES)
             self._reserved_to = used + _RESERVE_BYTES
+
+
+@contextmanager
+def pinned(path: Path) -> Iterator[int]:
+    """Keeps the newest committed state of an environment as it is, whoever writes to it; its transaction's number. Reads no page of it."""
+    with _lmdb_errors(path):
+        env = lmdb.open(str(path), map_size=_INITIAL_MAP_BYTES, readonly=True, create=False, max_readers=1024)
+        try:
+            txn = env.begin()
+        except BaseException:
+            env.close()
+            raise
+    try:
+        yield int(txn.id())
+    finally:
+        txn.abort()
+        env.close()
 
 
 @contextmanager

@@ -14,6 +14,8 @@ code  meaning
 125   ``run`` and ``container start`` only: the container could not be started (the command's status otherwise)
 130   interrupted
 ====  ==========================================================================
+
+``check`` has the codes of ``qemu-img check`` instead: 0 nothing found, 1 it could not be done, 2 corruption, 3 leaks only.
 """
 
 from __future__ import annotations

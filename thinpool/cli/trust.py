@@ -1,0 +1,96 @@
+"""Verbs that look after a pool: ``check``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import DamagedError, DiskError, ThinpoolError
+from ..units import parse_size
+from . import options
+from .exits import FAILED, message_of
+from .options import pool_path
+from .show import print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from ..recovery.report import Report
+
+CORRUPT, LEAKS = 2, 3  # what qemu-img check exits with
+_SHOWN_MAX = 50
+
+
+def check(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the leaves of the maps and the counts of chunks.")] = False,
+    scrub: Annotated[bool, typer.Option("--scrub", help="Also read all data: sealed layers against their digests, free chunks for zeros.")] = False,
+    memory: Annotated[str, typer.Option(help="What the counts of chunks may take; less of it means more passes.")] = "256M",
+    as_json: options.AsJson = False,
+    pool: options.Pool = None,
+) -> None:
+    """Check that a pool is whole, also while it is in use.
+
+    Exit codes are those of qemu-img check: 0 nothing found, 1 the check could not be done, 2 corruption, 3 leaks only.
+
+    JSON: mode, txn, layers, nodes, chunks (counts), corruptions, leaks, leaked_chunks (counts), problems (kind, invariant, message),
+    ranges (layer, offset, length, why), more_ranges (how many were left out).
+    """
+    from ..recovery.check import check as check_pool
+
+    try:
+        path = pool_path(ctx, pool)
+        with progress_bar("checking") as progress:
+            report = check_pool(path, quick=quick, memory_bytes=parse_size(memory), progress=progress)
+        if scrub:
+            _scrub(path, report)
+    except (ThinpoolError, OSError) as error:
+        print(f"thinpool: {message_of(error)}", file=sys.stderr)
+        raise typer.Exit(FAILED) from None
+    if as_json:
+        print_json(report.as_json())
+    else:
+        _print(report)
+    if report.corruptions or report.leaks:
+        raise typer.Exit(CORRUPT if report.corruptions else LEAKS)
+
+
+def _scrub(path: Path, report: Report) -> None:
+    from ..digests import has_its_content
+    from ..pool import Pool
+    from ..recovery.report import Range
+    from ..recovery.scrub import scrub_chunks
+
+    report.mode = "scrub"
+    try:
+        with progress_bar("reading chunks") as progress:
+            scrub_chunks(path, report, progress)
+        with Pool.open(path, read_only=True) as opened:
+            for layer in opened.layers():
+                try:
+                    found = has_its_content(layer)
+                except (DamagedError, DiskError) as error:
+                    report.corrupt(message_of(error), "I7")
+                    continue
+                if found is False:
+                    report.corrupt(f"layer {layer.name} is not what its content digest says", "I7")
+                    report.add_ranges(iter([Range(layer.name, 0, layer.size, "somewhere in it: its content digest does not fit")]))
+    except DamagedError as error:
+        report.corrupt(message_of(error))
+
+
+def _print(report: Report) -> None:
+    for problem in report.problems[:_SHOWN_MAX]:
+        print(f"{problem.kind}{f' ({problem.invariant})' if problem.invariant else ''}: {problem.message}")
+    if (more := report.corruptions + report.leaks - _SHOWN_MAX) > 0:
+        print(f"... and {more} more")
+    if report.ranges:
+        print()
+        rows = [[one.layer, str(one.offset), str(one.length), one.why] for one in report.ranges[:_SHOWN_MAX]]
+        print_table(["LAYER", ">OFFSET", ">LENGTH", "WHY"], rows)
+        if (more := len(report.ranges) + report.more_ranges - _SHOWN_MAX) > 0:
+            print(f"... and {more} more")
+        print()
+    found = f"{report.corruptions} corruptions, {report.leaks} leaks" if report.corruptions or report.leaks else "no errors"
+    print(f"{report.mode} check: {found} ({report.layers} layers, {report.nodes} map nodes, {report.chunks} chunks)")

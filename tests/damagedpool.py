@@ -27,6 +27,7 @@ class World:
     path: Path
     earlier: Path
     pieces: dict[Place, bytes]
+    ids: dict[str, int]
 
     def restore(self, target: Path) -> Path:
         """A fresh copy of the pool."""
@@ -58,7 +59,7 @@ def build(directory: Path, seed: int = 1) -> World:
             gone.pwrite(b"x" * CHUNK, leaf * LEAF)
         pool.commit()
         gone.delete()
-        pieces = {}
+        pieces, ids = {}, {layer.name: layer.id for layer in pool.layers()}
         for layer in pool.layers():
             for extent in layer.extents():
                 if extent.kind == "data":
@@ -67,7 +68,7 @@ def build(directory: Path, seed: int = 1) -> World:
                     offsets = range(extent.offset // CHUNK * CHUNK, extent.offset // CHUNK * CHUNK + 1, CHUNK)
                 for offset in offsets:
                     pieces[layer.name, offset] = layer.pread(min(CHUNK, layer.size - offset), offset)
-    return World(path, earlier, pieces)
+    return World(path, earlier, pieces, ids)
 
 
 def read_all(path: Path, pieces: dict[Place, bytes]) -> dict[str, str]:

@@ -208,20 +208,21 @@ class Metadata:
         """Stores the pool's record: sizes in bytes, capacity 0 for no limit."""
         features: dict[str, list[str]] = {"incompatible": [], "read_compatible": sorted(KNOWN_READ_COMPATIBLE), "compatible": []}
         record = {"version": FORMAT_VERSION, "uuid": str(uuid.uuid4()), "chunk_size": chunk_size, "capacity": capacity, "features": features}
-        self._put_pool(record)
+        self.put_pool(record)
 
     def use_features(self) -> None:
         """Marks a pool of an earlier version as written by this one, which keeps records that the earlier one does not know."""
         record = self.pool_record()
         features = record["features"]
         if missing := KNOWN_READ_COMPATIBLE - _FEATURES_FROM_THE_START - set(features["read_compatible"]):
-            self._put_pool(record | {"features": features | {"read_compatible": sorted({*features["read_compatible"], *missing})}})
+            self.put_pool(record | {"features": features | {"read_compatible": sorted({*features["read_compatible"], *missing})}})
 
     def set_capacity(self, capacity: int) -> None:
         """Bytes that chunks may take; 0: no limit."""
-        self._put_pool(self.pool_record() | {"capacity": capacity})
+        self.put_pool(self.pool_record() | {"capacity": capacity})
 
-    def _put_pool(self, record: Mapping[str, Any]) -> None:
+    def put_pool(self, record: Mapping[str, Any]) -> None:
+        """Stores the pool's record as it is given."""
         value = frame(POOL, _POOL_KEY, json.dumps(record).encode())
         self._write(lambda txn: txn.put(_POOL_KEY, value, db=self._dbs[POOL]))
 

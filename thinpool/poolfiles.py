@@ -4,12 +4,16 @@
 
     data        the chunks, sparse
     meta/       the LMDB environment
+    meta.new/   another one, while it is being made
+    meta.kept-N/    one that was replaced: by a repair, or from a backup
     lock        held (flock) by the one process that has the pool open for writing; holds its pid
     server.sock, server.log, run/   the pool's server, while there is one
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -41,11 +45,7 @@ class PoolFiles:
     def sync(self) -> None:
         """The files' names survive a power cut."""
         for directory in (self.meta, self.path, self.path.parent):
-            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            _sync_directory(directory)
 
     def remove(self) -> None:
         """Undoes :meth:`create`."""
@@ -66,6 +66,28 @@ class PoolFiles:
     def open_data(self, *, read_only: bool) -> None:
         """Opens the data file. Raises PermissionError as the host does."""
         self.data_fd = os.open(self.data, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+
+    def new_meta(self) -> Path:
+        """An empty directory beside that of the metadata, for :meth:`replace_meta`. The lock is held."""
+        new = self.path / "meta.new"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        return new
+
+    def replace_meta(self, new: Path) -> Path:
+        """Puts a complete environment in the place of the metadata, at once; where the old one is kept. The lock is held."""
+        for directory in (new, self.path):
+            _sync_directory(directory)
+        number = 1
+        while (kept := self.path / f"meta.kept-{number}").exists():
+            number += 1
+        if self.meta.exists():
+            _exchange(new, self.meta)
+            new.rename(kept)
+        else:
+            new.rename(self.meta)
+        _sync_directory(self.path)
+        return kept
 
     def lock(self, held: int = -1) -> None:
         """Makes this process the pool's writer; ``held``: by a lock that another process took, and gave to this one.
@@ -95,3 +117,26 @@ class PoolFiles:
             if fd >= 0:
                 setattr(self, name, -1)
                 os.close(fd)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Each takes the other's name, at once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_fdcwd, rename_exchange = -100, 2
+    if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(one))
+        # A file system that cannot: a crash between the two leaves the pool without metadata under its name, but with both.
+        aside = one.with_name(f"{one.name}.aside")
+        other.rename(aside)
+        one.rename(other)
+        aside.rename(one)

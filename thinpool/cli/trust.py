@@ -1,4 +1,4 @@
-"""Verbs that look after a pool: ``check``."""
+"""Verbs that look after a pool: ``check``, ``repair``."""
 
 from __future__ import annotations
 
@@ -54,6 +54,39 @@ def check(
         _print(report)
     if report.corruptions or report.leaks:
         raise typer.Exit(CORRUPT if report.corruptions else LEAKS)
+
+
+def repair(
+    ctx: typer.Context,
+    leaks: Annotated[bool, typer.Option("--leaks", help="Only if there are leaks and no corruption.")] = False,
+    chunk_size: Annotated[str, typer.Option(help="For a pool that has lost even that.", show_default=False)] = "0",
+    as_json: options.AsJson = False,
+    pool: options.Pool = None,
+) -> None:
+    """Make counts and space anew from the maps, and keep what can be read of damaged maps. The old metadata is kept.
+
+    JSON: before (what check found), kept (where the old metadata is; empty: nothing was done), lost (ranges: layer, offset, length,
+    why), renamed (old name to new), found (layers whose map, name or place was lost), dropped (names of layers of which nothing is left).
+    """
+    from ..recovery.repair import repair as repair_pool
+
+    with progress_bar("checking") as progress:
+        done = repair_pool(pool_path(ctx, pool), leaks_only=leaks, chunk_size=parse_size(chunk_size), progress=progress)
+    if as_json:
+        print_json(done.as_json())
+        return
+    if not done.kept:
+        print("nothing to repair")
+        return
+    print(f"repaired {done.before.corruptions} corruptions and {done.before.leaks} leaks; the old metadata is kept in {done.kept}")
+    for name in done.dropped:
+        print(f"lost: layer {name}, all of it")
+    for name in done.found:
+        print(f"found: layer {name}, whose map, name or place was lost")
+    for old, new in done.renamed.items():
+        print(f"renamed: layer {old} to {new}, for it is not whole")
+    if done.lost:
+        print_table(["LOST IN LAYER", ">OFFSET", ">LENGTH", "WHY"], [[one.layer, str(one.offset), str(one.length), one.why] for one in done.lost])
 
 
 def _scrub(path: Path, report: Report) -> None:

@@ -40,10 +40,17 @@ def check(path: Path, *, quick: bool = False, memory_bytes: int = MEMORY_BYTES, 
         with ExitStack() as undo:
             undo.callback(files.close)
             state = undo.enter_context(StoredState(files.meta, report.corrupt))
-            _Check(state, report, memory_bytes, progress).run(files, quick=quick)
+            check_state(state, files, report, quick=quick, memory_bytes=memory_bytes, progress=progress)
     except DamagedError as error:
         report.corrupt(str(error))
     return report
+
+
+def check_state(
+    state: StoredState, files: PoolFiles, report: Report, *, quick: bool = False, memory_bytes: int = MEMORY_BYTES, progress: Progress | None = None
+) -> None:
+    """Checks one committed state, and the data file beside it."""
+    _Check(state, report, memory_bytes, progress).run(files, quick=quick)
 
 
 def read_tables(state: StoredState) -> tuple[NodeTable, dict[int, LayerMap], dict[int, str]]:

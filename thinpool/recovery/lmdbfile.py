@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -253,14 +253,16 @@ class LmdbFile:
 
     def stray_items(self) -> Iterator[tuple[bytes, bytes]]:
         """The records of leaf pages that no tree leads to and that are not free: what a damaged page has hidden. After :meth:`mark_free`."""
-        for number in range(2, len(self.use)):
-            if self.use[number] != UNUSED:
-                continue
-            data = os.pread(self._file.fileno(), self.page_size, number * self.page_size)
-            if len(data) < self.page_size:
-                return
-            stored, _, flags, lower, upper = _HEAD.unpack_from(data)
-            if stored == number and flags & ~_DIRTY == _LEAF and _HEAD_BYTES <= lower <= upper <= self.page_size:
-                self.use[number] = USED
-                for key, value, _ in self._leaf_items(number, data, "a stray page"):
-                    yield key, value
+        return self._leaves(number for number in range(2, len(self.use)) if self.use[number] == UNUSED)
+
+    def leaf_items(self) -> Iterator[tuple[bytes, bytes]]:
+        """The records of all leaf pages, also of free ones: whatever was stored once and not yet overwritten."""
+        return self._leaves(range(2, len(self.use)))
+
+    def _leaves(self, numbers: Iterable[int]) -> Iterator[tuple[bytes, bytes]]:
+        with LmdbFile(self.path, lambda _: None, meta=self.meta) as again:
+            for number in numbers:
+                again.use = bytearray(len(self.use))  # versions of a record may share a value behind its leaf
+                data = again._page(number, _LEAF, "")
+                if data is not None:
+                    yield from ((key, value) for key, value, _ in again._leaf_items(number, data, ""))

@@ -39,6 +39,8 @@ class NodeTable:
 
     def add(self, node_id: int, value: bytes, reader: NodeReader, chunks: References | None) -> bool:
         """A stored node; ids come in order. False: it is damaged."""
+        if self.ids and node_id <= self.ids[-1]:
+            return False
         sound = reader.read(node_id, value, chunks)
         place = len(self.ids)
         self.ids.append(node_id)
@@ -86,19 +88,33 @@ class NodeTable:
     def count_references(self, on_missing: Callable[[int, int], None]) -> None:
         """Counts who names whom, marks the nodes below which something is missing, and sums up references; ``on_missing``: (id, child's id)."""
         for place in self.inner():
-            total, sound = 0, True
             for _, child_id in self.children(place):
                 child = self.find(child_id)
                 if child >= 0:
                     self.named[child] += 1
                 if not self.is_child(place, child):
-                    sound = False
+                    self.marked[place] = 1
                     if child < 0 or self.levels[child] != DAMAGED:
                         on_missing(self.ids[place], child_id)
-                    continue
-                total += self.references[child]
-                sound = sound and not self.marked[child]
-            self.references[place], self.marked[place] = total, not sound
+                elif self.marked[child]:
+                    self.marked[place] = 1
+        self.sum_references()
+
+    def sum_references(self) -> None:
+        """The references of inner nodes, from those of the leaves below."""
+        for place in self.inner():
+            children = (self.find(child_id) for _, child_id in self.children(place))
+            self.references[place] = sum(self.references[child] for child in children if self.is_child(place, child))
+
+    def reach(self, root: int, into: bytearray) -> None:
+        """Notes in ``into``, by place, the node at ``root`` and all below it."""
+        stack = [root]
+        while stack:
+            place = stack.pop()
+            if into[place]:
+                continue
+            into[place] = 1
+            stack += [child for _, child_id in self.children(place) if self.is_child(place, child := self.find(child_id))]
 
     def mark(self, leaves: Iterable[int]) -> None:
         """Marks these nodes, by place, and all above them; nothing else stays marked."""

@@ -17,7 +17,7 @@ RANKS = {
     **dict.fromkeys(("errors", "_core", "_ext4"), 0),
     **dict.fromkeys(("units", "api", "faults"), 1),
     **dict.fromkeys(("engine", "catalog", "layerfile", "poolfiles"), 2),
-    "metadata": 3,
+    **dict.fromkeys(("metadata", "backups"), 3),
     "commits": 4,
     "recovery": 4,
     **dict.fromkeys(("layer", "digests"), 5),

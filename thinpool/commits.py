@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import Any, Protocol
 
+from .backups import BackupKeeper, Source
 from .catalog import Catalog
 from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
 from .errors import PoolClosed, PoolFailed, ThinpoolError
@@ -28,7 +29,7 @@ _RECLAIM_STEP = 1 << 14  # entries, walked a node at a time
 _PUNCH_STEP_BYTES = 16 << 20
 
 
-class RecordStore(Protocol):
+class RecordStore(Source, Protocol):
     """What commits need of the metadata store."""
 
     def fetch(self, kind: int, key: int) -> bytes | None: ...
@@ -83,14 +84,14 @@ class Committer:
         """``lock`` guards the catalog; changes that span catalog and engine are made under it."""
         self.engine: Engine
         self.fingerprints = Fingerprints(store)
-        self._store = store
+        self.store = store
         self._catalog = catalog
         self._lock = lock
         self._window_lock = threading.Lock()
 
     def fetch(self, kind: int, key: int) -> bytes | None:
         """The committed value of one of the engine's records."""
-        return self._store.fetch(kind, key)
+        return self.store.fetch(kind, key)
 
     def layer_name(self, layer_id: int) -> str:
         """A name for messages."""
@@ -107,8 +108,8 @@ class Committer:
             self.engine.sync()
             store_txn = 0
             if records_changed:
-                store_txn = self._store.commit(self.engine.encoded(), layers, fingerprints, documents)
-            self.engine.release(store_txn, self._store.oldest_reader())
+                store_txn = self.store.commit(self.engine.encoded(), layers, fingerprints, documents)
+            self.engine.release(store_txn, self.store.oldest_reader())
             self.fingerprints.release()
         except Exception as error:
             self.engine.fail()
@@ -118,18 +119,26 @@ class Committer:
     def extend_window(self) -> None:
         """Lets the engine hand out more clean chunks; one transaction of the store, no sync of the data."""
         with self._window_lock:
-            self._store.put_window(self.engine.plan_window())
+            self.store.put_window(self.engine.plan_window())
             self.engine.activate_window()
 
 
 class Housekeeper(threading.Thread):
-    """Commits each second, extends the window ahead of need, reclaims deleted maps, and punches free chunks."""
+    """Commits each second, extends the window ahead of need, reclaims deleted maps, punches free chunks, and has metadata backups made."""
 
     def __init__(self, engine: Engine, committer: Committer) -> None:
         super().__init__(name="thinpool-housekeeper", daemon=True)
         self._engine, self._committer = engine, committer
 
     def run(self) -> None:
+        keeper = BackupKeeper(self._committer.store)
+        keeper.start()
+        try:
+            self._keep_house()
+        finally:
+            keeper.stop()
+
+    def _keep_house(self) -> None:
         commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
         punching = False
         while True:

@@ -25,6 +25,7 @@ import lmdb
 from . import engine as data_plane
 from .engine import NO_READER, Record, crc32c
 from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy
+from .poolfiles import sync_directory
 
 FORMAT_VERSION = 1
 # Features that this version knows, by what a version that does not know one must do.
@@ -201,6 +202,16 @@ class Metadata:
             if len(fields) == 3 and fields[0].isdigit() and fields[2].isdigit():
                 oldest = min(oldest, int(fields[2]))
         return oldest
+
+    def last_txn(self) -> int:
+        """The number of the newest transaction."""
+        return int(self._env.info()["last_txnid"])
+
+    def copy_to(self, directory: Path) -> None:
+        """A compact copy of the newest committed state in an empty directory, durable when it returns."""
+        with _lmdb_errors(directory):
+            self._env.copy(str(directory), compact=True)
+        sync_directory(directory)
 
     # --- writing ---
 

@@ -6,6 +6,7 @@
     meta/       the LMDB environment
     meta.new/   another one, while it is being made
     meta.kept-N/    one that was replaced: by a repair, or from a backup
+    meta.backups/   copies of it, made now and then
     lock        held (flock) by the one process that has the pool open for writing; holds its pid
     server.sock, server.log, run/   the pool's server, while there is one
 """
@@ -45,7 +46,7 @@ class PoolFiles:
     def sync(self) -> None:
         """The files' names survive a power cut."""
         for directory in (self.meta, self.path, self.path.parent):
-            _sync_directory(directory)
+            sync_directory(directory)
 
     def remove(self) -> None:
         """Undoes :meth:`create`."""
@@ -77,7 +78,7 @@ class PoolFiles:
     def replace_meta(self, new: Path) -> Path:
         """Puts a complete environment in the place of the metadata, at once; where the old one is kept. The lock is held."""
         for directory in (new, self.path):
-            _sync_directory(directory)
+            sync_directory(directory)
         number = 1
         while (kept := self.path / f"meta.kept-{number}").exists():
             number += 1
@@ -86,7 +87,7 @@ class PoolFiles:
             new.rename(kept)
         else:
             new.rename(self.meta)
-        _sync_directory(self.path)
+        sync_directory(self.path)
         return kept
 
     def lock(self, held: int = -1) -> None:
@@ -119,7 +120,8 @@ class PoolFiles:
                 os.close(fd)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """The names in a directory survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

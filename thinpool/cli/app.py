@@ -38,7 +38,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},
     "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps},
-    "Trust": {"check": trust.check, "repair": trust.repair},
+    "Trust": {"check": trust.check, "repair": trust.repair, "restore-metadata": trust.restore_metadata},
     "Images": {
         "load": images.load,
         "pull": images.pull,

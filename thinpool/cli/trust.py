@@ -1,21 +1,23 @@
-"""Verbs that look after a pool: ``check``, ``repair``."""
+"""Verbs that look after a pool: ``check``, ``repair``, ``restore-metadata``."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import DamagedError, DiskError, ThinpoolError
-from ..units import parse_size
+from ..units import format_size, parse_size
 from . import options
 from .exits import FAILED, message_of
 from .options import pool_path
-from .show import print_json, print_table, progress_bar
+from .show import format_time, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
+    from ..recovery.repair import Repair
     from ..recovery.report import Report
 
 CORRUPT, LEAKS = 2, 3  # what qemu-img check exits with
@@ -79,6 +81,10 @@ def repair(
         print("nothing to repair")
         return
     print(f"repaired {done.before.corruptions} corruptions and {done.before.leaks} leaks; the old metadata is kept in {done.kept}")
+    _print_repair(done)
+
+
+def _print_repair(done: Repair) -> None:
     for name in done.dropped:
         print(f"lost: layer {name}, all of it")
     for name in done.found:
@@ -87,6 +93,44 @@ def repair(
         print(f"renamed: layer {old} to {new}, for it is not whole")
     if done.lost:
         print_table(["LOST IN LAYER", ">OFFSET", ">LENGTH", "WHY"], [[one.layer, str(one.offset), str(one.length), one.why] for one in done.lost])
+
+
+def restore_metadata(
+    ctx: typer.Context,
+    backup: Annotated[str | None, typer.Argument(metavar="[BACKUP]", help="Which one: its name, or latest. Default: list them.", show_default=False)] = None,
+    make: Annotated[bool, typer.Option("--make", help="Make one now, whatever the age of the others.")] = False,
+    as_json: options.AsJson = False,
+    pool: options.Pool = None,
+) -> None:
+    """Put a metadata backup in the place of the metadata, which is kept; or list the backups.
+
+    JSON: of a list, an array of name, time (seconds since 1970), bytes; of a restore, as repair has it.
+    """
+    from ..backups import DIRECTORY, backups, make_backup
+    from ..metadata import Metadata
+    from ..recovery.repair import restore_metadata as restore
+
+    path = pool_path(ctx, pool)
+    if make:
+        with closing(Metadata(path / "meta", read_only=True)) as store:
+            make_backup(store)
+    known = backups(path)
+    if backup is None:
+        rows = [(one.name, one.stat().st_mtime, (one / "data.mdb").stat().st_size) for one in known]
+        if as_json:
+            print_json([{"name": name, "time": moment, "bytes": size} for name, moment, size in rows])
+        else:
+            print_table(["BACKUP", "MADE", ">SIZE"], [[name, format_time(moment), format_size(size)] for name, moment, size in rows])
+        return
+    chosen = known[0] if backup == "latest" and known else path / DIRECTORY / backup
+    if chosen not in known:
+        raise FileNotFoundError(f"no metadata backup {backup!r} in {path}")
+    done = restore(path, chosen)
+    if as_json:
+        print_json(done.as_json())
+        return
+    print(f"restored {chosen.name}; the metadata that was there is kept in {done.kept}")
+    _print_repair(done)
 
 
 def _scrub(path: Path, report: Report) -> None:

@@ -74,17 +74,38 @@ def repair(path: Path, *, leaks_only: bool = False, chunk_size: int = 0, memory_
             return done
         if leaks_only and done.before.corruptions:
             raise DamagedError(f"the pool {path} has more than leaks: repair it without --leaks")
-        files.open_data(read_only=False)
-        new = files.new_meta()
-        with Salvage(files.meta) as salvage:
-            _Repair(salvage, files, done, chunk_size, memory_bytes).make(new)
-        after = Report("full")
-        with StoredState(new, after.corrupt) as state:
-            check_state(state, files, after, memory_bytes=memory_bytes)
-        if after.corruptions or after.leaks:
-            raise DamagedError(f"the repaired metadata of {path} is not whole ({after.problems[0].message}): nothing was changed")
-        done.kept = str(files.replace_meta(new))
+        _make_anew(files, files.meta, done, chunk_size, memory_bytes)
     return done
+
+
+def restore_metadata(path: Path, backup: Path, *, memory_bytes: int = MEMORY_BYTES) -> Repair:
+    """Puts a backup's layers and maps (see :mod:`.backups`) in the place of the pool's metadata, which is kept; counts and space are made anew.
+
+    What was freed since the backup was made may hold something else by now: only digests tell. Raises as :func:`repair` does.
+    """
+    files = PoolFiles(path)
+    with ExitStack() as undo:
+        undo.callback(files.close)
+        files.lock()
+        done = Repair(Report("full"))
+        with StoredState(backup, done.before.corrupt) as state:
+            check_state(state, files, done.before, memory_bytes=memory_bytes)
+        _make_anew(files, backup, done, 0, memory_bytes)
+    return done
+
+
+def _make_anew(files: PoolFiles, source: Path, done: Repair, chunk_size: int, memory_bytes: int) -> None:
+    """A new environment from what can be read of ``source``, checked and put in place."""
+    files.open_data(read_only=False)
+    new = files.new_meta()
+    with Salvage(source) as salvage:
+        _Repair(salvage, files, done, chunk_size, memory_bytes).make(new)
+    after = Report("full")
+    with StoredState(new, after.corrupt) as state:
+        check_state(state, files, after, memory_bytes=memory_bytes)
+    if after.corruptions or after.leaks:
+        raise DamagedError(f"the new metadata of {files.path} is not whole ({after.problems[0].message}): nothing was changed")
+    done.kept = str(files.replace_meta(new))
 
 
 class _Repair:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import containers, devices, images, layers, listings, snapshots, transfer, trust
+from . import containers, devices, images, layers, listings, metadata, snapshots, transfer, trust
 from .exits import INTERRUPTED, USAGE, code_of, message_of
 
 app = typer.Typer(
@@ -38,7 +38,16 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},
     "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps},
-    "Trust": {"check": trust.check, "repair": trust.repair, "restore-metadata": trust.restore_metadata},
+    "Trust": {
+        "check": trust.check,
+        "repair": trust.repair,
+        "restore-metadata": trust.restore_metadata,
+        "trim": trust.trim,
+        "dump": metadata.dump,
+        "restore": metadata.restore,
+        "pack": metadata.pack,
+        "rmap": metadata.rmap,
+    },
     "Images": {
         "load": images.load,
         "pull": images.pull,

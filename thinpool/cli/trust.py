@@ -1,4 +1,4 @@
-"""Verbs that look after a pool: ``check``, ``repair``, ``restore-metadata``."""
+"""Verbs that look after a pool: ``check``, ``repair``, ``restore-metadata``, ``trim``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import DamagedError, DiskError, ThinpoolError
 from ..units import format_size, parse_size
 from . import options
 from .exits import FAILED, message_of
-from .options import pool_path
+from .options import opened, pool_path
 from .show import format_time, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
@@ -81,10 +81,11 @@ def repair(
         print("nothing to repair")
         return
     print(f"repaired {done.before.corruptions} corruptions and {done.before.leaks} leaks; the old metadata is kept in {done.kept}")
-    _print_repair(done)
+    print_repair(done)
 
 
-def _print_repair(done: Repair) -> None:
+def print_repair(done: Repair) -> None:
+    """What came of it, for people."""
     for name in done.dropped:
         print(f"lost: layer {name}, all of it")
     for name in done.found:
@@ -130,7 +131,15 @@ def restore_metadata(
         print_json(done.as_json())
         return
     print(f"restored {chosen.name}; the metadata that was there is kept in {done.kept}")
-    _print_repair(done)
+    print_repair(done)
+
+
+def trim(ctx: typer.Context, pool: options.Pool = None) -> None:
+    """Give all that is free back to the host, and wait until it has it."""
+    with opened(ctx, pool, gives_back=True) as p:
+        before = p.usage().host
+        p.reclaim()
+        print(f"{format_size(max(before - p.usage().host, 0))} given back")
 
 
 def _scrub(path: Path, report: Report) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..api import Progress
-from ..engine import CHUNK_PAGE, MAP, NODE, NODE_PAGE, SUMMARY
+from ..engine import BLOCK_SIZE, CHUNK_PAGE, MAP, NODE, NODE_PAGE, SUMMARY
 from ..errors import DamagedError
 from ..metadata import DOCUMENT, FINGERPRINT, unframe
 from ..poolfiles import PoolFiles
@@ -53,11 +55,23 @@ def check_state(
     _Check(state, report, memory_bytes, progress).run(files, quick=quick)
 
 
-def read_tables(state: StoredState) -> tuple[NodeTable, dict[int, LayerMap], dict[int, str]]:
-    """Nodes, maps and names of a state, without a word about damage."""
-    quiet = _Check(state, Report("full"), 0, None)
-    quiet.read_tables()
-    return quiet.table, quiet.maps, quiet.names
+@dataclass(slots=True)
+class Tables:
+    """What a state holds but for counts: the pool's record and counters, layers' records, maps and names by id, and the nodes."""
+
+    pool: dict[str, Any]
+    counters: Counters
+    layers: dict[int, dict[str, Any]]
+    maps: dict[int, LayerMap]
+    names: dict[int, str]
+    nodes: NodeTable
+
+
+def read_tables(state: StoredState, report: Report) -> Tables:
+    """Reads them; what is damaged is left out, and in the report."""
+    check = _Check(state, report, 0, None)
+    check.read_tables()
+    return check.tables
 
 
 class _Check:
@@ -90,13 +104,15 @@ class _Check:
 
     def read_tables(self, *, quick: bool = False) -> References:
         """Reads counters, layers and nodes; the references to the first chunks."""
-        self.chunk_size: int = self._state.pool_record()["chunk_size"]
+        pool = self._state.pool_record()
+        self.chunk_size: int = pool["chunk_size"]
         counters, queue, window = self._state.state()
         self._counters = counters or Counters()
         self._know_counters = counters is not None
         if window is not None and len(set(window)) != len(window):
             self._report.corrupt("the allocation window names a page twice", "I6")
-        self.maps, self.names = self._read_layers()
+        layers, maps, names = self._read_layers()
+        self.tables = Tables(pool, self._counters, layers, maps, names, NodeTable())
         references = References(0, 0 if quick else min(self._counters.pages * PAGE_VALUES, self._memory_chunks))
         self._read_nodes(references, queue, quick=quick)
         return references
@@ -110,7 +126,7 @@ class _Check:
 
     # --- layers and nodes ---
 
-    def _read_layers(self) -> tuple[dict[int, LayerMap], dict[int, str]]:
+    def _read_layers(self) -> tuple[dict[int, dict[str, Any]], dict[int, LayerMap], dict[int, str]]:
         report, records, maps = self._report, self._state.layers(), {}
         names = {number: record.get("name", f"number {number}") for number, record in records.items()}
         for number, value in self._state.numbered(MAP):
@@ -131,12 +147,12 @@ class _Check:
             if record.get("parent") is not None and record["parent"] not in records:
                 report.corrupt(f"the parent of layer {names[number]} is not there", "I8")
         report.layers = len(records)
-        return maps, names
+        return records, maps, names
 
     def _read_nodes(self, chunks: References, queue: list[int], *, quick: bool) -> None:
         """Fills the table of nodes, with who names whom."""
         report, reader = self._report, NodeReader(self.chunk_size)
-        table = self.table = NodeTable()
+        table = self.tables.nodes
         for node_id, value in self._counted(self._state.numbered(NODE)):
             if quick and value[4:5] == b"\0":  # level 0: a leaf
                 table.add_unread(node_id)
@@ -144,7 +160,7 @@ class _Check:
                 report.corrupt(f"map node {node_id} is damaged")
         report.nodes = len(table.ids)
         table.count_references(lambda parent, child: report.corrupt(f"map node {parent} names node {child}, which is missing or not of the level below", "I2"))
-        for node_id in (*(layer.root for layer in self.maps.values() if layer.root), *queue):
+        for node_id in (*(layer.root for layer in self.tables.maps.values() if layer.root), *queue):
             place = table.find(node_id)
             if place >= 0:
                 table.named[place] += 1
@@ -154,7 +170,7 @@ class _Check:
             report.corrupt(f"map node {table.ids[-1]} has an id that is to be given to another yet", "I2")
 
     def _check_node_counts(self) -> None:
-        table, stored, found, at = self.table, new_page(), new_page(), 0
+        table, stored, found, at = self.tables.nodes, new_page(), new_page(), 0
         nothing = new_page()
         for page, value in self._counted(self._state.numbered(NODE_PAGE)):
             while at < len(table.ids) and table.ids[at] < page * PAGE_VALUES:
@@ -170,7 +186,7 @@ class _Check:
 
     def _compare_nodes(self, page: int, stored: object, found: object, at: int) -> int:
         """Compares one page with the table from place ``at`` on; the place behind it."""
-        table, report = self.table, self._report
+        table, report = self.tables.nodes, self._report
         for i in range(PAGE_VALUES):
             found[i] = 0  # type: ignore[index]
         while at < len(table.ids) and table.ids[at] < (page + 1) * PAGE_VALUES:
@@ -187,18 +203,18 @@ class _Check:
         return at
 
     def _check_layers(self, *, quick: bool) -> None:
-        table, report = self.table, self._report
-        for number, layer in self.maps.items():
+        table, report = self.tables.nodes, self._report
+        for number, layer in self.tables.maps.items():
             if (layer.root == 0) != (layer.height == 0):
-                report.corrupt(f"layer {self.names[number]}: a height of {layer.height} makes no sense", "I8")
+                report.corrupt(f"layer {self.tables.names[number]}: a height of {layer.height} makes no sense", "I8")
             root = table.find(layer.root) if layer.root else -1
             if root >= 0 and table.levels[root] != layer.height - 1:
-                report.corrupt(f"layer {self.names[number]}: its root is not of its height", "I2")
+                report.corrupt(f"layer {self.tables.names[number]}: its root is not of its height", "I2")
             elif not quick and (root < 0 or not table.marked[root]):
                 found = table.references[root] if root >= 0 else 0
                 if found != layer.mapped_refs and (root >= 0) == bool(layer.root):
-                    report.corrupt(f"layer {self.names[number]}: its map names {found} chunks, and should name {layer.mapped_refs}", "I1")
-        report.add_ranges(joined(lost_ranges(table, self.maps, self.names, self.chunk_size)))
+                    report.corrupt(f"layer {self.tables.names[number]}: its map names {found} chunks, and should name {layer.mapped_refs}", "I1")
+        report.add_ranges(joined(lost_ranges(table, self.tables.maps, self.tables.names, self.chunk_size)))
 
     # --- chunks ---
 
@@ -209,8 +225,8 @@ class _Check:
             if self._know_counters and (found := sum(value >> 16 for value in summaries.values())) != counters.dirty:
                 report.corrupt(f"{found} chunks are free and not clean by the summaries, {counters.dirty} by the pool's counters", "I3")
             return
-        if self.table.chunks_end > end:
-            report.corrupt(f"maps name chunks up to {self.table.chunks_end - 1}, where only {end} are in use", "I3")
+        if self.tables.nodes.chunks_end > end:
+            report.corrupt(f"maps name chunks up to {self.tables.nodes.chunks_end - 1}, where only {end} are in use", "I3")
             self._report_chunks(lambda chunk: chunk >= end, "not among the pool's chunks")
         allocated = dirty = 0
         suspects: set[int] = set()
@@ -270,7 +286,7 @@ class _Check:
 
     def _report_chunks(self, wanted: Callable[[int], bool], why: str) -> None:
         """Adds the ranges of layers that name such chunks."""
-        self._report.add_ranges(joined(ranges_of_chunks(self._state, self.table, self.maps, self.names, self.chunk_size, wanted, why)))
+        self._report.add_ranges(ranges_of_chunks(self._state, self.tables, wanted, why))
 
     # --- the rest ---
 
@@ -290,24 +306,31 @@ class _Check:
                 self._report.corrupt(f"the fingerprint {key.hex()} is damaged")
 
 
-def ranges_of_chunks(
-    state: StoredState, table: NodeTable, maps: dict[int, LayerMap], names: dict[int, str], chunk_size: int, wanted: Callable[[int], bool], why: str
-) -> Iterator[Range]:
-    """The ranges of layers that lie in the wanted chunks. Reads all leaves again."""
+def places_of_chunks(state: StoredState, tables: Tables, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, int, int]]:
+    """(chunk, layer's id, offset, length) of all that layers have in the wanted chunks. Reads all leaves again."""
+    chunk_size = tables.pool["chunk_size"]
     reader = NodeReader(chunk_size)
-    found: dict[int, list[int]] = {}  # positions of entries, by the place of the leaf
+    found: dict[int, list[tuple[int, int, int]]] = {}  # (offset in the leaf, length, chunk), by the place of the leaf
     for key, value in state.items_again(NODE):
         node_id = int.from_bytes(key, "big")
         if not reader.read(node_id, value, splits=True) or reader.level:
             continue
-        positions = [position for position, entry in enumerate(reader.entries()) if entry and wanted(entry - 1)]
-        positions += [position for position, _, blocks in reader.splits() if any(block and wanted(block - 1) for block in blocks)]
-        if positions:
-            found[table.find(node_id)] = sorted(positions)
-    table.mark(found)
-    for number, layer in maps.items():
-        for first, place in table.marked_leaves(layer):
-            for position in found[place]:
-                offset = (first + position) * chunk_size
+        parts = [(position * chunk_size, chunk_size, entry - 1) for position, entry in enumerate(reader.entries()) if entry and wanted(entry - 1)]
+        for position, _, blocks in reader.splits():
+            for number, block in enumerate(blocks):
+                if block and wanted(block - 1):
+                    parts.append((position * chunk_size + number * BLOCK_SIZE, BLOCK_SIZE, block - 1))
+        if parts:
+            found[tables.nodes.find(node_id)] = sorted(parts)
+    tables.nodes.mark(found)
+    for layer_id, layer in tables.maps.items():
+        for first, place in tables.nodes.marked_leaves(layer):
+            for within, length, chunk in found[place]:
+                offset = first * chunk_size + within
                 if offset < layer.size:
-                    yield Range(names[number], offset, min(chunk_size, layer.size - offset), why)
+                    yield chunk, layer_id, offset, min(length, layer.size - offset)
+
+
+def ranges_of_chunks(state: StoredState, tables: Tables, wanted: Callable[[int], bool], why: str) -> Iterator[Range]:
+    """The ranges of layers that lie in the wanted chunks."""
+    return joined(Range(tables.names[layer_id], offset, length, why) for _, layer_id, offset, length in places_of_chunks(state, tables, wanted))

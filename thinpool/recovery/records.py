@@ -34,6 +34,10 @@ class References:
         self._counts = _ffi.new("uint32_t[]", max(length, 1))
         self.pointer = _ffi.new("tp_counts *", (self._counts, first, length))
 
+    def counts(self, page: int) -> list[int]:
+        """The counts of a page of chunks."""
+        return list(_ffi.unpack(self.page(page), PAGE_VALUES))
+
     def page(self, page: int) -> Any:
         """A pointer to the counts of a page of chunks, all of it within the range."""
         return self._counts + (page * PAGE_VALUES - self.first)
@@ -102,7 +106,7 @@ def read_page(kind: int, key: int, value: bytes, into: Any) -> bool:
 
 
 def make_page(kind: int, key: int, values: Any) -> bytes:
-    """The stored form of a page."""
+    """The stored form of a page; ``values``: a list, or a pointer."""
     out, length = _ffi.new("uint8_t[]", 10 * PAGE_VALUES), _ffi.new("uint64_t *", 10 * PAGE_VALUES)
     rc = _core.tp_make_page(kind, key, values, out, length)
     assert rc == 0, rc

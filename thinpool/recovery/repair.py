@@ -74,7 +74,7 @@ def repair(path: Path, *, leaks_only: bool = False, chunk_size: int = 0, memory_
             return done
         if leaks_only and done.before.corruptions:
             raise DamagedError(f"the pool {path} has more than leaks: repair it without --leaks")
-        _make_anew(files, files.meta, done, chunk_size, memory_bytes)
+        make_anew(files, files.meta, done, chunk_size, memory_bytes)
     return done
 
 
@@ -90,11 +90,11 @@ def restore_metadata(path: Path, backup: Path, *, memory_bytes: int = MEMORY_BYT
         done = Repair(Report("full"))
         with StoredState(backup, done.before.corrupt) as state:
             check_state(state, files, done.before, memory_bytes=memory_bytes)
-        _make_anew(files, backup, done, 0, memory_bytes)
+        make_anew(files, backup, done, memory_bytes=memory_bytes)
     return done
 
 
-def _make_anew(files: PoolFiles, source: Path, done: Repair, chunk_size: int, memory_bytes: int) -> None:
+def make_anew(files: PoolFiles, source: Path, done: Repair, chunk_size: int = 0, memory_bytes: int = MEMORY_BYTES) -> None:
     """A new environment from what can be read of ``source``, checked and put in place."""
     files.open_data(read_only=False)
     new = files.new_meta()
@@ -346,20 +346,18 @@ class _Repair:
 
     def _chunk_counts(self) -> Iterator[Record]:
         """Counts, summaries and the pool's counters: what no map names is free, and may hold anything."""
-        allocated, summary, values = 0, new_page(), new_page()
+        allocated, summary = 0, new_page()
         references = References(0, 0)
         for page in range(self._pages):
             first = page * PAGE_VALUES
             if first >= references.first + references.length:
                 references.move(first, min(self._pages * PAGE_VALUES - first, self._memory_chunks))
                 self._count(references)
-            found, taken = references.page(page), 0
-            for i in range(PAGE_VALUES):
-                values[i] = found[i] + 1
-                taken += found[i] > 0
+            counts = references.counts(page)
+            taken = PAGE_VALUES - counts.count(0)
             allocated += taken
             summary[page % PAGE_VALUES] = PAGE_VALUES - taken << 16
-            yield CHUNK_PAGE, key_of(page), make_page(CHUNK_PAGE, page, values)
+            yield CHUNK_PAGE, key_of(page), make_page(CHUNK_PAGE, page, [count + 1 for count in counts])
             if (page + 1) % PAGE_VALUES == 0 or page + 1 == self._pages:
                 yield SUMMARY, key_of(page // PAGE_VALUES), make_page(SUMMARY, page // PAGE_VALUES, summary)
                 summary = new_page()

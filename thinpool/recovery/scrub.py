@@ -11,7 +11,7 @@ from ..engine import CHUNK_PAGE, is_zero
 from ..poolfiles import PoolFiles
 from .check import ranges_of_chunks, read_tables
 from .records import PAGE_VALUES, new_page, read_page
-from .report import Report, joined
+from .report import Report
 from .stored import StoredState
 
 _CONFIRMATIONS = 5
@@ -25,10 +25,10 @@ def scrub_chunks(path: Path, report: Report, progress: Progress | None = None) -
         scrub = _Scrub(files, report)
         with StoredState(files.meta, lambda _: None) as state:
             unreadable = scrub.run(state, progress)
-            if unreadable:
-                table, maps, names = read_tables(state)
-                why = "the host's disk cannot read it"
-                report.add_ranges(joined(ranges_of_chunks(state, table, maps, names, scrub.chunk_size, unreadable.__contains__, why)))
+        if unreadable:
+            with StoredState(files.meta, lambda _: None) as state:
+                tables = read_tables(state, Report("full"))
+                report.add_ranges(ranges_of_chunks(state, tables, unreadable.__contains__, "the host's disk cannot read it"))
         scrub.confirm()
     finally:
         files.close()

@@ -31,6 +31,7 @@ class Counters:
     pages: int = 0
     allocated: int = 0
     dirty: int = 0
+    txn: int = 0
 
 
 class StoredState:
@@ -120,7 +121,7 @@ class StoredState:
             try:
                 numbers = varints(STATE, key_of(number), value)
                 if number == 0:
-                    counters = Counters(*numbers[:4])
+                    counters = Counters(*numbers[:5])
                 elif number == 1:
                     queue = numbers[1 : 1 + numbers[0]]
                 elif number == 2:

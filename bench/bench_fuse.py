@@ -4,10 +4,15 @@ that libfuse's low-level interface passes through (passthrough.c), all three on 
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import random
+import signal
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +20,8 @@ import pytest
 from conftest import Row
 
 import thinpool
-from thinpool.exports import loop
+from thinpool.server.client import RemotePool
+from thinpool.server.connect import connect, take_over
 
 _SIZE = 512 << 20
 _ROUNDS = 5
@@ -40,14 +46,12 @@ def sparse(path: Path) -> Path:
 @contextmanager
 def loop_on(file: Path, *, cached: bool = False) -> Iterator[str]:
     """``cached``: through the page cache, from which a layer's data comes too; else with direct I/O, as a layer's device."""
-    if cached:
-        device = subprocess.run(["losetup", "-f", "--show", str(file)], capture_output=True, text=True, check=True).stdout.strip()
-    else:
-        device = loop.attach(str(file), 512, False)
+    command = ["losetup", "-f", "--show", f"--direct-io={'off' if cached else 'on'}", str(file)]
+    device = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     try:
         yield device
     finally:
-        loop.detach(device)
+        subprocess.run(["losetup", "-d", device], check=True)
 
 
 @contextmanager
@@ -99,3 +103,46 @@ def test_loop_devices(place: Path, row: Row, passthrough: Path, case: str, optio
         layer.detach()
     row(f"FUSE and loop: {case}", statistics.median(of_raw), target, "of a loop device on a raw file")
     row(f"FUSE and loop: {case}", statistics.median(of_peer), 1, "of one on a file passed through by libfuse")
+
+
+def longest_write(device: str, meanwhile: Callable[[], object]) -> float:
+    """Milliseconds that the longest of many direct writes of 4 KiB to a device took, while something is done to its server."""
+    longest, ended = 0.0, threading.Event()
+
+    def write() -> None:
+        nonlocal longest
+        descriptor, rng = os.open(device, os.O_RDWR | os.O_DIRECT), random.Random(1)
+        with mmap.mmap(-1, 4096) as block:
+            while not ended.is_set():
+                begin = time.perf_counter()
+                os.pwrite(descriptor, block, rng.randrange(_SIZE >> 12) << 12)
+                longest = max(longest, time.perf_counter() - begin)
+        os.close(descriptor)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        meanwhile()
+    finally:
+        ended.set()
+        thread.join()
+    return longest * 1000
+
+
+def test_pauses(place: Path, row: Row) -> None:
+    thinpool.Pool.create(place / "pool").close()
+    with connect(place / "pool", server=True) as pool:
+        assert isinstance(pool, RemotePool)
+        device = pool.create_layer("disk", _SIZE).attach().device
+        fio(device, "--rw=write --bs=64k --iodepth=4")
+
+        def kill() -> None:
+            os.kill(int((place / "pool/lock").read_text()), signal.SIGKILL)
+            pool.usage()
+
+        quiet = statistics.median(longest_write(device, lambda: time.sleep(0.5)) for _ in range(_ROUNDS))
+        takeover = statistics.median(longest_write(device, lambda: take_over(place / "pool").close()) for _ in range(_ROUNDS))
+        killed = statistics.median(longest_write(device, kill) for _ in range(_ROUNDS))
+        pool.layer("disk").detach()
+    row("longest write of 4 KiB during a takeover", takeover, 250, "ms", at_most=True, note=f"{quiet:.1f} ms without")
+    row("longest write of 4 KiB when the server is killed", killed, 2000, "ms", at_most=True)

@@ -32,7 +32,8 @@ static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsig
   pthread_mutex_unlock(&pool->mutex);
   /* Only a saving: the blocks are unmapped, and are written whole before they are mapped again. */
   uint64_t at = ((own - 1) << pool->chunk_shift) + (uint64_t)first * TP_BLOCK;
-  (void)pool->disk.punch(pool->disk.ctx, at, (uint64_t)(end - first) * TP_BLOCK);
+  uint64_t length = (uint64_t)(end - first) * TP_BLOCK;
+  if (pool->disk.punch(pool->disk.ctx, at, length) >= 0) pool->metrics.punched_bytes += length;
   pthread_mutex_lock(&pool->mutex);
   return TP_OK;
 }
@@ -81,7 +82,7 @@ static int zero_within_block(tp_layer *layer, uint64_t offset, uint64_t length) 
   if (length == 0) return TP_OK;
   int equal = tp_equal(layer, zeros, length, offset);
   if (equal != 0) return equal < 0 ? equal : TP_OK;
-  return tp_write(layer, zeros, length, offset);
+  return layer_write(layer, zeros, length, offset);
 }
 
 /* Whole blocks, a leaf at a time, as long as the layer has that size. Returns 1 if it was resized meanwhile, with *first moved
@@ -116,7 +117,7 @@ int discard_beyond(tp_layer *layer, uint64_t size, uint64_t old_size) {
   return rc == 1 ? TP_OK : rc; /* a reset gave it another size: with another content, of which nothing is to be cut */
 }
 
-int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
+int layer_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
   struct io io;
   int rc = io_begin(&io, layer, offset, length, true);
   uint64_t size = layer->size;
@@ -131,6 +132,13 @@ int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
   rc = zero_within_block(layer, offset, first - offset);
   if (rc == TP_OK) rc = zero_within_block(layer, last, end - last);
   if (rc == TP_OK) rc = discard_whole(layer, &first, last, size);
-  if (rc == 1) return tp_discard(layer, first, end - first);
+  if (rc == 1) return layer_discard(layer, first, end - first);
   return rc == TP_OK ? rc : tp_error_where(rc, layer->rec.key, first, last - first);
+}
+
+int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length) {
+  struct probe probe = metrics_begin(&layer->metrics, TP_DISCARD, length);
+  int rc = layer_discard(layer, offset, length);
+  metrics_end(&probe, length, rc);
+  return rc;
 }

@@ -194,7 +194,7 @@ static int read_locked(struct io *io, struct gather *g, uint64_t length, uint64_
   return rc == TP_OK ? rc : tp_error_where(rc, io->layer->rec.key, offset - g->length, g->length);
 }
 
-int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
+int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
   struct io io;
   struct gather g = {.pool = layer->pool, .buf = buf};
   int rc = io_begin(&io, layer, offset, length, false);
@@ -221,6 +221,13 @@ int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, in
   if (rc == TP_OK) rc = in_slots(&io, length, offset) ? read_locked(&io, &g, length, offset) : TP_EINVAL;
   if (rc == TP_OK) rc = send(ctx);
   io_end(&io);
+  return rc;
+}
+
+int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
+  struct probe probe = metrics_begin(&layer->metrics, TP_READ, length);
+  int rc = layer_read(layer, buf, length, offset);
+  metrics_end(&probe, length, rc);
   return rc;
 }
 
@@ -320,7 +327,7 @@ static int write_locked(struct io *io, struct progress *p) {
   return TP_OK;
 }
 
-int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+int layer_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
   struct progress p = {.buf = buf, .offset = offset, .length = length};
   tp_pool *pool = layer->pool;
   for (int attempt = 0;;) {
@@ -340,6 +347,13 @@ int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset)
   }
 }
 
+int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+  struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
+  int rc = layer_write(layer, buf, length, offset);
+  metrics_end(&probe, length, rc);
+  return rc;
+}
+
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count) {
   for (uint64_t k = 0; k < count; k++) {
     int rc = tp_write(layer, vecs[k].buf, vecs[k].length, vecs[k].offset);
@@ -353,7 +367,7 @@ int tp_equal(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset)
   const uint8_t *theirs = buf;
   while (length > 0) {
     uint64_t n = min_u64(length, sizeof mine);
-    int rc = tp_read(layer, mine, n, offset);
+    int rc = layer_read(layer, mine, n, offset);
     if (rc != TP_OK) return rc;
     if (memcmp(mine, theirs, n) != 0) return 0;
     theirs += n, offset += n, length -= n;

@@ -35,6 +35,11 @@ int write_chunk(tp_layer *layer, uint64_t index, unsigned offset, unsigned lengt
  * chunks: *done says how many. Otherwise as write_chunk. */
 int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *buf, unsigned *done, bool *overdue);
 
+/* tp_read, tp_write and tp_discard for the core's own ends, which no metrics count. */
+int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
+int layer_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
+int layer_discard(tp_layer *layer, uint64_t offset, uint64_t length);
+
 /* After the size went from old_size to size: nothing is mapped beyond it, whoever wrote there until then. */
 int discard_beyond(tp_layer *layer, uint64_t size, uint64_t old_size);
 

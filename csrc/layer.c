@@ -30,6 +30,8 @@ static tp_layer *layer_alloc(tp_pool *pool, uint64_t id) {
 
 void layer_free(tp_layer *layer) {
   assert(layer->rec.pins == 0);
+  metrics_retire(&layer->pool->metrics, layer->metrics);
+  metrics_free(layer->metrics);
   free(layer->slots);
   pthread_rwlock_destroy(&layer->lock);
   free(layer);
@@ -230,7 +232,7 @@ static int set_size(tp_layer *layer, uint64_t size) {
 /* What is cut off is zeroed and unmapped first, so that growing again shows zeros; and once more when nobody can write there
  * any longer. */
 static int shrink(tp_layer *layer, uint64_t old, uint64_t size) {
-  int rc = tp_discard(layer, size, old - size);
+  int rc = layer_discard(layer, size, old - size);
   if (rc == TP_OK) rc = set_size(layer, size);
   return rc == TP_OK ? discard_beyond(layer, size, old) : rc;
 }
@@ -290,6 +292,7 @@ int tp_layer_delete(tp_layer *layer) {
   if (rc == TP_OK) rc = load_root_count(layer);
   if (rc == TP_OK) {
     layer_drop_slots(layer);
+    metrics_retire(&pool->metrics, layer->metrics);
     record_kill(pool, &layer->rec);
     layer->state = LAYER_DELETED;
     if (layer->root != 0) node_drop(pool, layer->root);

@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 
 #include "codec.h"
+#include "metrics.h"
 #include "node.h"
 #include "space.h"
 
@@ -43,6 +44,7 @@ struct tp_layer {
   uint64_t stored_size;  /* as in the record that was encoded last */
   uint64_t tail_chunk;   /* chunk + 1 that takes what lies behind the end meanwhile: no committed state names it */
   struct slot *slots;    /* SLOT_COUNT, or NULL while unused */
+  _Atomic(struct layer_metrics *) metrics; /* NULL: no traffic since it was opened */
 };
 
 struct tp_pool {
@@ -79,6 +81,7 @@ struct tp_pool {
   bool noting;       /* changes are noted in it */
 
   _Atomic uint64_t splits, in_place, first_writes, window_waits, fetches;
+  struct pool_metrics metrics;
 };
 
 static inline uint64_t chunk_size(const struct tp_pool *pool) { return (uint64_t)1 << pool->chunk_shift; }

@@ -53,6 +53,7 @@ struct record *cache_find(struct tp_pool *pool, uint32_t kind, uint64_t key) {
   for (struct record *r = cache->buckets[bucket_of(cache, kind, key)]; r != NULL; r = r->hash_next) {
     if (r->key == key && r->kind == kind) {
       r->referenced = true;
+      pool->metrics.cache_hits++;
       return r;
     }
   }
@@ -105,6 +106,11 @@ static void record_free(struct record *record) {
   }
 }
 
+/* What a layer has counted is nowhere else. */
+static bool must_stay(const struct record *r) {
+  return r->pins > 0 || record_is_newer(r) || (r->kind == TP_MAP && ((const struct tp_layer *)r)->metrics != NULL);
+}
+
 /* Moves the clock's hand over that many buckets at most: a record used since it last passed gets another turn. */
 static void sweep(struct tp_pool *pool, size_t buckets) {
   struct cache *cache = &pool->cache;
@@ -113,7 +119,7 @@ static void sweep(struct tp_pool *pool, size_t buckets) {
     cache->hand = (cache->hand + 1) & (cache->bucket_count - 1);
     while (*link != NULL) {
       struct record *r = *link;
-      if (r->pins > 0 || record_is_newer(r) || r->referenced) {
+      if (must_stay(r) || r->referenced) {
         r->referenced = false;
         link = &r->hash_next;
       } else {

@@ -251,6 +251,7 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
     int result = pool->disk.punch(pool->disk.ctx, run.first << pool->chunk_shift, run.count << pool->chunk_shift);
     pthread_mutex_lock(&pool->mutex);
     end_punch(pool, run, result >= 0);
+    if (result >= 0) pool->metrics.punched_bytes += run.count << pool->chunk_shift;
     if (result < 0) rc = tp_error_os(result);
     left -= run.count;
   }

@@ -114,6 +114,29 @@ typedef struct {
   uint64_t splits, in_place, first_writes, window_waits, fetches; /* counters since open */
 } tp_pool_info;
 
+enum tp_operation_kind { TP_READ = 0, TP_WRITE = 1, TP_DISCARD = 2 };
+enum tp_phase { TP_PHASE_FREEZE = 0, TP_PHASE_SYNC = 1, TP_PHASE_STORE = 2, TP_PHASE_RELEASE = 3 }; /* of a commit */
+enum { TP_OPERATIONS = 3, TP_PHASES = 4, TP_BUCKETS = 26 };
+
+typedef struct {
+  uint64_t nanoseconds;          /* of all together */
+  uint64_t bucket[TP_BUCKETS];   /* how many took up to 256 ns << k, and longer than the bucket before says; the last: any longer */
+} tp_histogram;
+typedef struct {
+  uint64_t count, errors, bytes; /* errors are among count; bytes: of those that did not fail */
+  tp_histogram latency;          /* of small operations only some are timed, each of which stands for several */
+} tp_operation;
+typedef struct {
+  uint64_t layer_id;
+  tp_operation operation[TP_OPERATIONS];
+} tp_layer_metrics;
+typedef struct {
+  tp_operation operation[TP_OPERATIONS]; /* of all layers, deleted ones too */
+  tp_histogram flush, commit, phase[TP_PHASES];
+  uint64_t punched_bytes;        /* given back to the host */
+  uint64_t cache_hits;           /* records found in memory; tp_pool_info.fetches: those that were not */
+} tp_metrics;
+
 typedef struct {
   void *buf;
   uint64_t length;
@@ -131,6 +154,8 @@ void tp_pool_close(tp_pool *pool);    /* drains I/O; every later call on its han
 void tp_pool_put(tp_pool *pool);      /* frees the handle; after tp_pool_close */
 int tp_pool_get_info(tp_pool *pool, tp_pool_info *out);
 int tp_pool_set_capacity(tp_pool *pool, uint64_t capacity);
+/* What was counted since the pool was opened; `layers`: those with traffic, up to capacity of them. *count: how many there are. */
+int tp_get_metrics(tp_pool *pool, tp_metrics *out, tp_layer_metrics *layers, uint64_t capacity, uint64_t *count);
 
 /* --- layers --- */
 int tp_layer_create(tp_pool *pool, uint64_t id, uint64_t size, tp_layer **out);

@@ -31,6 +31,7 @@ static void encode_state(tp_pool *pool) {
 }
 
 int tp_freeze(tp_pool *pool, uint64_t *txn) {
+  metrics_phase(&pool->metrics, TP_PHASE_FREEZE);
   pthread_mutex_lock(&pool->mutex);
   int rc = pool->failed ? tp_error_set(TP_EFAILED) : pool->closed ? tp_error_set(TP_ECLOSED) : TP_OK;
   assert(rc != TP_OK || !pool->freezing);
@@ -55,11 +56,13 @@ int tp_freeze(tp_pool *pool, uint64_t *txn) {
     pool->state_dirty = false;
   }
   pthread_mutex_unlock(&pool->mutex);
+  metrics_phase(&pool->metrics, TP_PHASE_SYNC);
   return rc;
 }
 
 int tp_encode(tp_pool *pool, const uint8_t **records, uint64_t *length) {
   pthread_mutex_lock(&pool->mutex);
+  if (pool->metrics.began[TP_PHASE_STORE] == 0) metrics_phase(&pool->metrics, TP_PHASE_STORE);
   for (unsigned n = 0; n < ENCODE_BATCH && pool->encoded < pool->frozen.count;) {
     struct record *record = pool->frozen.items[pool->encoded++];
     if (!record->frozen) continue; /* changed since, and encoded then */
@@ -93,6 +96,7 @@ static void release_record(struct record *record, unsigned parity) {
 }
 
 int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader) {
+  metrics_phase(&pool->metrics, TP_PHASE_RELEASE);
   pthread_mutex_lock(&pool->mutex);
   assert(pool->freezing && pool->encoded == pool->frozen.count);
   uint64_t txn = pool->txn - 1;
@@ -105,6 +109,7 @@ int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader) {
   cache_trim(pool, NULL);
   pthread_cond_signal(&pool->work);
   pthread_mutex_unlock(&pool->mutex);
+  metrics_committed(&pool->metrics);
   return TP_OK;
 }
 
@@ -145,7 +150,7 @@ static int await_durable(tp_pool *pool, uint64_t txn) {
   return rc;
 }
 
-int tp_flush(tp_pool *pool) {
+static int flush(tp_pool *pool) {
   pthread_mutex_lock(&pool->mutex);
   int rc = pool->failed ? tp_error_set(TP_EFAILED) : pool->closed ? tp_error_set(TP_ECLOSED) : TP_OK;
   bool open_is_dirty = pool_is_dirty(pool);
@@ -158,6 +163,13 @@ int tp_flush(tp_pool *pool) {
   /* The kernel may have dropped the pages: what was written since the last sync is in doubt, and asking again would
    * only hide it. */
   if (rc != TP_OK) tp_fail(pool, rc);
+  return rc;
+}
+
+int tp_flush(tp_pool *pool) {
+  uint64_t since = metrics_now();
+  int rc = flush(pool);
+  metrics_observe(&pool->metrics.flush, since);
   return rc;
 }
 

@@ -58,6 +58,7 @@ from .errors import (
     ToolFailed,
 )
 from .layer import Layer
+from .metrics import PoolMetrics
 from .pool import Pool
 from .server.connect import connect
 
@@ -118,6 +119,7 @@ __all__ = [
     "PoolClosed",
     "PoolExists",
     "PoolFailed",
+    "PoolMetrics",
     "PoolNotFound",
     "PoolReadOnly",
     "PoolUsage",

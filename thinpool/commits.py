@@ -53,6 +53,7 @@ class Fingerprints:
         self._lock = threading.Lock()
         self._noted: dict[bytes, int] = {}
         self._storing: dict[bytes, int] = {}
+        self.shared_bytes = 0
 
     def find(self, digest: bytes) -> int | None:
         """A chunk that had this fingerprint when it was imported."""
@@ -64,6 +65,11 @@ class Fingerprints:
         """Remembers a chunk, durable with the next commit."""
         with self._lock:
             self._noted[digest] = chunk
+
+    def count_shared(self, size_bytes: int) -> None:
+        """So much was found to be there already, and is not stored again."""
+        with self._lock:
+            self.shared_bytes += size_bytes
 
     def freeze(self) -> dict[bytes, int]:
         """What was noted since the last time, to be stored."""

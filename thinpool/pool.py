@@ -28,6 +28,7 @@ from .digests import Digester
 from .engine import Engine, EngineLayer
 from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
 from .layer import Layer
+from .measuring import measure
 from .metadata import Metadata
 from .poolfiles import PoolFiles
 from .units import format_size, parse_size
@@ -91,7 +92,8 @@ class Pool:
         if not read_only:
             store.use_features()
             for layer_id in self._catalog.ids(PARTIAL_LABEL):  # imports that never ended
-                self._remove(layer_id)
+                self.layer_by_id(layer_id).handle.delete()
+                self._catalog.remove(layer_id)
             if background:
                 self._housekeeper = Housekeeper(self._engine, self._committer)
                 self._housekeeper.start()
@@ -223,6 +225,8 @@ class Pool:
         info, host = self._engine.info(), self._files.data.stat().st_blocks * 512
         capacity, allocated = info.capacity_chunks * self._chunk_size, info.allocated_chunks * self._chunk_size
         return PoolUsage(capacity, allocated, host, metadata=self._store.usage(), layers=len(self._catalog))
+
+    metrics = measure
 
     def set_capacity(self, capacity: Size) -> None:
         """Bytes that the layers' data may take from now on; 0: no limit. What is there already stays."""
@@ -377,10 +381,6 @@ class Pool:
             layer.handle.delete()
             self._catalog.remove(layer.id)
             self._layers.pop(layer.id, None)
-
-    def _remove(self, layer_id: int) -> None:
-        self.layer_by_id(layer_id).handle.delete()
-        self._catalog.remove(layer_id)
 
     def diff(self, from_layer: str | LayerAPI, to_layer: str | LayerAPI) -> Iterator[Extent]:
         """The ranges in which the two may differ; ``kind`` says what ``to_layer`` has there. Costs what differs."""

@@ -56,6 +56,7 @@ class Sharer:
             offset = index * self._chunk
             if self._layer.handle.equal(content, offset):
                 self.shared_bytes += self._chunk
+                self._pool.fingerprints.count_shared(self._chunk)
             else:
                 self._layer.pwrite(content, offset)
                 self._note(digest, index)

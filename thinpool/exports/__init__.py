@@ -140,6 +140,11 @@ class Uses:
         """Where NBD clients are served."""
         return self._nbd.addresses()
 
+    def nbd_clients(self) -> int:
+        """How many connections NBD clients have."""
+        with self._lock:
+            return self._clients.total()
+
     @contextmanager
     def _served(self, layer: Layer) -> Iterator[None]:
         with self._lock:

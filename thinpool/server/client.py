@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..api import Attachment, Buffer, Extent, LayerAPI, PoolUsage, Progress, Size, Usage, Via
+from ..metrics import PoolMetrics
 from .remote import RemoteContainers, RemoteImages, follow
 from .transport import Transport
 from .wire import LayerRecord, decode_extents
@@ -94,6 +95,10 @@ class RemotePool:
     def usage(self) -> PoolUsage:
         """What the pool takes."""
         return PoolUsage(**self._transport.json("GET", "/pool/usage"))
+
+    def metrics(self) -> PoolMetrics:
+        """What the server's pool has counted and timed since it was opened, and what it takes."""
+        return PoolMetrics.from_json(self._transport.json("GET", "/pool/metrics"))
 
     def set_capacity(self, capacity: Size) -> None:
         """Sets the most that chunks may take; 0 for no limit. Raises BadSize."""

@@ -28,6 +28,12 @@ def usage(pool: PoolOf) -> Json:
     return asdict(pool.usage())
 
 
+@router.get("/pool/metrics")
+def metrics(pool: PoolOf) -> Json:
+    """What it has counted and timed since it was opened."""
+    return asdict(pool.metrics())
+
+
 @router.post("/pool/capacity")
 def set_capacity(pool: PoolOf, capacity: SizeField) -> None:
     """Sets the most that chunks may take."""

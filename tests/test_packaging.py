@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 TRIAL = """
-import sys, thinpool
+import pathlib, sys, thinpool
+assert (pathlib.Path(thinpool.__file__).parent / "server" / "page" / "index.html").stat().st_size > 1000
 with thinpool.Pool.create(sys.argv[1]) as pool:
     pool.create_layer("base", "1G").pwrite(b"hello", 1 << 20)
     print(pool.layer("base").pread(5, 1 << 20).decode())

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from .. import errors
 from ..api import PoolAPI
-from . import layer_routes, metrics, pool_routes, verb_routes
+from . import layer_routes, metrics, page, pool_routes, verb_routes
 from .state import Gate, LayerTable
 from .transport import STOPPING
 from .wire import API, encode_error
@@ -76,6 +76,7 @@ def create_app(pool: PoolAPI, gate: Gate) -> FastAPI:
     app.include_router(layer_routes.router, prefix=API)
     app.include_router(verb_routes.router, prefix=API)
     app.include_router(metrics.router)
+    app.include_router(page.router)
     app.add_exception_handler(RequestValidationError, _answer_bad_request)
     for kind in (errors.ThinpoolError, OSError, ValueError, TypeError):
         app.add_exception_handler(kind, _answer_error)

@@ -253,11 +253,26 @@ void *run_merger(void *argument) {
   return NULL;
 }
 
+/* What is counted never goes back, whatever is deleted or dropped from memory meanwhile. */
+static void check_metrics(tp_pool *pool, tp_metrics *before) {
+  tp_metrics now;
+  tp_layer_metrics layers[4];
+  uint64_t count;
+  if (tp_get_metrics(pool, &now, layers, 4, &count) != TP_OK) return;
+  for (unsigned k = 0; k < TP_OPERATIONS; k++) {
+    const tp_operation *was = &before->operation[k], *is = &now.operation[k];
+    CHECK(is->count >= was->count && is->errors >= was->errors && is->bytes >= was->bytes, "metrics of kind %u went back", k);
+  }
+  *before = now;
+}
+
 void *run_flusher(void *argument) {
   struct worker *worker = argument;
+  tp_metrics metrics = {0};
   while (!worker->scenario->stop) {
     int rc = tp_flush(worker->scenario->pool);
     CHECK(rc == TP_OK || is_over(rc), "flush: %d", rc);
+    check_metrics(worker->scenario->pool, &metrics);
     usleep((useconds_t)random_below(&worker->random, 3000));
   }
   return NULL;

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import containers, devices, images, layers, listings, metadata, snapshots, transfer, trust
+from . import containers, devices, images, layers, listings, metadata, snapshots, top, transfer, trust
 from .exits import INTERRUPTED, USAGE, code_of, message_of
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "digest": layers.digest,
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},
-    "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps},
+    "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps, "top": top.top},
     "Trust": {
         "check": trust.check,
         "repair": trust.repair,

@@ -217,10 +217,12 @@ int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, in
   struct io io;
   struct gather g = {.pool = layer->pool, .pipe_fd = pipe_fd};
   if (layer->pool->options.disk != NULL || length == 0) return TP_EINVAL;
+  struct probe probe = metrics_begin(&layer->metrics, TP_READ, length);
   int rc = io_begin(&io, layer, offset, length, false);
   if (rc == TP_OK) rc = in_slots(&io, length, offset) ? read_locked(&io, &g, length, offset) : TP_EINVAL;
   if (rc == TP_OK) rc = send(ctx);
   io_end(&io);
+  if (rc == TP_OK) metrics_end(&probe, length, rc); /* else it is read, and counted there */
   return rc;
 }
 

@@ -345,6 +345,10 @@ def test_large_reads_are_what_the_library_reads(pool: thinpool.Pool, tree: Path)
             offset = rng.randrange(size)
             length = rng.randrange(64 * KIB, 300 * KIB)
             assert os.pread(descriptor, length, offset) == content[offset : offset + length]
+        before = pool.metrics().operations["read"]
+        assert len(os.pread(descriptor, 128 * KIB, 0)) == 128 * KIB
+        after = pool.metrics().operations["read"]
+        assert (after.count - before.count, after.bytes - before.bytes) == (1, 128 * KIB)
         with mmap.mmap(-1, 4 * MIB) as memory:
             direct = opened(tree / "base", os.O_RDONLY | os.O_DIRECT)
             assert os.preadv(direct, [memory], 0) == 4 * MIB

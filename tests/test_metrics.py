@@ -167,6 +167,15 @@ def test_what_imports_did_not_store(pool: thinpool.Pool, tmp_path: Path) -> None
     assert pool.metrics().deduplicated == 640 * KIB
 
 
+def test_what_layers_found_equal_share(pool: thinpool.Pool) -> None:
+    for name in ("one", "two"):
+        layer = pool.create_layer(name, "4M")
+        layer.pwrite(b"x" * MIB, MIB)
+        layer.seal()
+    pool.compute_digests()
+    assert pool.metrics().deduplicated == pool.layer("two").usage().shared == MIB
+
+
 def test_the_mode(pool_path: Path) -> None:
     with thinpool.Pool.create(pool_path) as pool:
         assert pool.metrics().mode == "writable"

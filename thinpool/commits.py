@@ -67,7 +67,7 @@ class Fingerprints:
             self._noted[digest] = chunk
 
     def count_shared(self, size_bytes: int) -> None:
-        """So much was found to be there already, and is not stored again."""
+        """So much was found to be there already, and is not stored twice (any more)."""
         with self._lock:
             self.shared_bytes += size_bytes
 

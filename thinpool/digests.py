@@ -209,12 +209,14 @@ def make_one(pool: Pool, kept: Layer, layer: Layer, on_piece: Callable[[int], No
     """
     if kept.size != layer.size or not _ranges_equal(pool, kept, layer, on_piece):
         return False
+    saved = sum(extent.length for extent in pool.diff(kept, layer) if extent.kind == "data")
     for heir in (*_descendants(layer), layer):
         try:
             heir.handle.rebase(layer.handle, kept.handle)
         except LayerDeleted:
             if heir == layer:
                 raise
+    pool.fingerprints.count_shared(saved)
     return True
 
 

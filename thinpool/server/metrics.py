@@ -38,7 +38,7 @@ _COUNTERS = {
     "first_writes": ("first_writes", "Chunks that became mapped by a write to a hole."),
     "window_extensions": ("window_extensions", "Extensions of the allocation window."),
     "punched_bytes": ("punched", "Bytes given back to the host."),
-    "deduplicated_bytes": ("deduplicated", "Bytes that imports did not store, as the pool had them already."),
+    "deduplicated_bytes": ("deduplicated", "Bytes not stored twice, as an import or a content digest found that the pool had them."),
 }
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MODES = ("writable", "read-only", "failed")

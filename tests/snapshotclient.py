@@ -74,3 +74,8 @@ class Client:
             for file, content in files.items():
                 (root / file).write_bytes(content)
         self("Commit", key=f"{name}-active", name=name)
+
+    def remove_all(self) -> None:
+        """Takes away what there is: the latest first, for children are made after their parents."""
+        for info in sorted(self.list(), key=lambda info: info.created_at.ToNanoseconds(), reverse=True):
+            self("Remove", key=info.name)

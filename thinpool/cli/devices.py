@@ -104,5 +104,5 @@ def serve(
     listener = service.listener()
     with kept_pool(path, takeover=takeover) as (opened_pool, keeper):
         listen(opened_pool)
-        with snapshots_served(lambda: opened_pool, containerd) if containerd is not None else nullcontext():
+        with snapshots_served(lambda: nullcontext(opened_pool), containerd) if containerd is not None else nullcontext():
             serve_pool(opened_pool, keeper, stays=True, listener=listener, on_ready=service.say_ready)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from .options import pool_path
 
 
 @contextmanager
-def snapshots_served(connect: Callable[[], PoolAPI], address: Path, *, filesystem: str = "ext4", size: str = "10G") -> Iterator[None]:
+def snapshots_served(connect: Callable[[], AbstractContextManager[PoolAPI]], address: Path, *, filesystem: str = "ext4", size: str = "10G") -> Iterator[None]:
     """Answers containerd at ``address`` for as long as this is entered."""
     try:
         from ..containerd.service import Service

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import grpc
@@ -49,15 +50,18 @@ _CODES: list[tuple[type[BaseException], grpc.StatusCode]] = [
     (errors.PoolClosed, _Code.UNAVAILABLE),
 ]
 
+Connect = Callable[[], AbstractContextManager[PoolAPI]]
+"""Gives the pool, which is closed when it is done with."""
 Result = TypeVar("Result")
 
 
 class Connection:
     """The pool, connected to anew when its server has gone."""
 
-    def __init__(self, connect: Callable[[], PoolAPI]) -> None:
+    def __init__(self, connect: Connect) -> None:
         self._connect = connect
         self._lock = threading.Lock()
+        self._open = ExitStack()
         self._pool: PoolAPI | None = None
 
     def run(self, work: Callable[[PoolAPI], Result]) -> Result:
@@ -71,25 +75,21 @@ class Connection:
 
     def _connected(self, gone: PoolAPI | None) -> PoolAPI:
         with self._lock:
-            if self._pool is not None and self._pool is gone:
-                self._pool.close()
+            if self._pool is None or self._pool is gone:
                 self._pool = None
-            if self._pool is None:
-                self._pool = self._connect()
+                self._open.close()
+                self._pool = self._open.enter_context(self._connect())
             return self._pool
 
     def close(self) -> None:
         """Lets the pool go."""
-        with self._lock:
-            if self._pool is not None:
-                self._pool.close()
-                self._pool = None
+        self._open.close()
 
 
 class Service:
     """A snapshotter for containerd, listening from the beginning to :meth:`close`."""
 
-    def __init__(self, connect: Callable[[], PoolAPI], address: str, *, filesystem: str = "ext4", size: int = 10 << 30) -> None:
+    def __init__(self, connect: Connect, address: str, *, filesystem: str = "ext4", size: int = 10 << 30) -> None:
         """``address``: the path of a Unix socket, its owner's alone; ``filesystem`` (``ext4`` or ``xfs``), ``size`` in bytes: of what has no parent.
 
         Raises BadAddress, and what connecting and making the first file system raises.

@@ -146,7 +146,8 @@ class Snapshotter:
             if mountpoint is not None:
                 self._commit_in_use(pool, layer, mountpoint, committed)
                 return
-            layer.seal()
+            if not layer.sealed:  # else the call is made again
+                layer.seal()
             layer.set_labels(committed.as_labels())
         layer.rename(layer_name(name))
 
@@ -202,7 +203,8 @@ class Snapshotter:
     def list(self, pool: PoolAPI, filters: Iterable[str]) -> list[Snapshot]:
         """The snapshots that any of the filters matches. Raises BadFilter."""
         matches = parse(filters)
-        return [snapshot for _, snapshot in _snapshots(pool) if matches(snapshot.field)]
+        found = [(record.name, Snapshot.from_labels(record.labels)) for record in _records(pool)]
+        return [one for name, one in found if one is not None and name == layer_name(one.key) and matches(one.field)]
 
     def usage(self, pool: PoolAPI, key: str) -> tuple[int, int]:
         """Bytes and inodes by which a snapshot differs from its parent: what has reached the layer. Raises LayerNotFound."""
@@ -217,14 +219,15 @@ class Snapshotter:
 
     def recover(self, pool: PoolAPI) -> None:
         """Ends what another process, which is no more, has begun; makes the file system to begin with. Raises BadSize, NeedsRoot, ToolFailed."""
+        devices = {one.layer: device_number(one.device) for one in pool.attachments()}
+        mountpoints = {entry.device_number: entry.mountpoint for entry in mount_table()}
         for record in _records(pool):
+            mountpoint = mountpoints.get(devices.get(record.name, ""))
+            if mountpoint is not None:
+                thaw(pool, pool.layer(record.name), mountpoint)
             snapshot = Snapshot.from_labels(record.labels)
             if snapshot is not None and not is_removed(record.name) and record.name != layer_name(snapshot.key):
                 pool.layer(record.name).rename(layer_name(snapshot.key))
-        for attachment in pool.attachments():
-            mountpoint = _mountpoint_of(attachment.device)
-            if mountpoint is not None:
-                thaw(pool, pool.layer(attachment.layer), mountpoint)
         base_layer(pool, self._filesystem, self._size)
         self._on_leftover()
 
@@ -271,7 +274,8 @@ class Snapshotter:
         device = _device_of(pool, layer)
         if device is None:
             return None
-        mountpoint = _mountpoint_of(device)
+        number = device_number(device)
+        mountpoint = next((entry.mountpoint for entry in mount_table() if entry.device_number == number), None)
         if mountpoint is not None:
             return mountpoint
         try:
@@ -314,21 +318,9 @@ def _device_of(pool: PoolAPI, layer: LayerAPI) -> str | None:
     return next((one.device for one in pool.attachments() if one.layer == name), None)
 
 
-def _mountpoint_of(device: str) -> str | None:
-    number = device_number(device)
-    return next((entry.mountpoint for entry in mount_table() if entry.device_number == number), None)
-
-
 def _records(pool: PoolAPI) -> list[LayerRecord]:
     """The layers of snapshots, in one request where a server is asked."""
     return pool.records(SNAPSHOT_LABEL) if isinstance(pool, RemotePool) else records_of(pool, SNAPSHOT_LABEL)
-
-
-def _snapshots(pool: PoolAPI) -> Iterable[tuple[LayerRecord, Snapshot]]:
-    for record in _records(pool):
-        snapshot = Snapshot.from_labels(record.labels)
-        if snapshot is not None and record.name == layer_name(snapshot.key):
-            yield record, snapshot
 
 
 def _is_there(layer: LayerAPI) -> bool:

@@ -30,25 +30,6 @@ from thinpool.sharing import share_equal_chunks
 _ROUNDS = 3
 
 
-@pytest.fixture(scope="session")
-def debian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root file system as a tar."""
-    directory = tmp_path_factory.mktemp("debian")
-    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", directory / "root"], check=True, capture_output=True)
-    subprocess.run(["tar", "-C", directory / "root", "-cf", directory / "root.tar", "."], check=True)
-    shutil.rmtree(directory / "root")
-    return directory / "root.tar"
-
-
-@pytest.fixture(scope="session")
-def layout(debian: Path) -> Path:
-    """The same as an OCI image of one layer."""
-    path = debian.parent / "layout"
-    for command in (["init", "--layout", path], ["new", "--image", f"{path}:x"], ["raw", "add-layer", "--image", f"{path}:x", debian]):
-        subprocess.run(["umoci", *command], check=True, capture_output=True)
-    return path
-
-
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()

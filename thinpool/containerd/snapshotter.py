@@ -256,22 +256,14 @@ class Snapshotter:
 
     def _mount(self, pool: PoolAPI, layer: LayerAPI, snapshot: Snapshot) -> Mount:
         options = (_VIEW_OPTIONS if snapshot.kind == "view" else _OPTIONS)[snapshot.filesystem]
-        return Mount(snapshot.filesystem, self._device(pool, layer), options)
-
-    def _device(self, pool: PoolAPI, layer: LayerAPI) -> str:
         with self._attaching:
-            try:
-                return layer.attach().device
-            except LayerBusy:
-                device = _device_of(pool, layer)
-                if device is None:  # in use by other means
-                    raise
-                return device
+            device = _device_of(pool, layer_name(snapshot.key)) or layer.attach().device
+        return Mount(snapshot.filesystem, device, options)
 
     @staticmethod
     def _let_go(pool: PoolAPI, layer: LayerAPI) -> str | None:
         """Takes a layer's device away. ``None``: it has none any more; else somebody uses it: where it is mounted, empty if not seen from here."""
-        device = _device_of(pool, layer)
+        device = _device_of(pool, layer.name)
         if device is None:
             return None
         number = device_number(device)
@@ -283,7 +275,7 @@ class Snapshotter:
         except LayerBusy:
             return ""
         except LayerState:  # somebody else did, or mounted it with thinpool
-            return None if _device_of(pool, layer) is None else ""
+            return None if _device_of(pool, layer.name) is None else ""
         return None
 
     # --- finding ---
@@ -313,8 +305,7 @@ def _size(labels: Mapping[str, str]) -> int | None:
     return None if given is None else -(-parse_size(given) // 4096) * 4096
 
 
-def _device_of(pool: PoolAPI, layer: LayerAPI) -> str | None:
-    name = layer.name
+def _device_of(pool: PoolAPI, name: str) -> str | None:
     return next((one.device for one in pool.attachments() if one.layer == name), None)
 
 

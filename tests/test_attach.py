@@ -42,6 +42,14 @@ def size_of(device: str) -> int:
         return file.seek(0, os.SEEK_END)
 
 
+def write_through(device: str, data: bytes) -> None:
+    """Writes to a device's begin; closing it alone would do only where nobody else, like a program that looks for file systems, has it open."""
+    with open(device, "r+b") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @needs_root()
 @pytest.mark.parametrize("sector_size", [512, 4096])
 def test_a_device_is_the_layer(pool: thinpool.Pool, sector_size: int) -> None:
@@ -121,8 +129,7 @@ def test_a_detach_of_an_open_device_says_who_has_it(pool: thinpool.Pool) -> None
         layer.detach()
     sleeper.kill()
     sleeper.wait()
-    with open(device, "r+b") as file:
-        file.write(b"goes on")
+    write_through(device, b"goes on")
     assert layer.pread(7, 0) == b"goes on"
     layer.detach()
 
@@ -157,8 +164,7 @@ def test_many_at_once_get_a_device_each(pool: thinpool.Pool) -> None:
             devices = list(threads.map(lambda layer: layer.attach().device, layers))
             assert len(set(devices)) == len(layers)
             for layer, device in zip(layers, devices, strict=True):
-                with open(device, "r+b") as file:
-                    file.write(layer.name.encode())
+                write_through(device, layer.name.encode())
                 assert layer.pread(len(layer.name), 0) == layer.name.encode()
             list(threads.map(lambda layer: layer.detach(), layers))
     assert pool.attachments() == []

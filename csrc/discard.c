@@ -34,6 +34,7 @@ static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsig
   uint64_t at = ((own - 1) << pool->chunk_shift) + (uint64_t)first * TP_BLOCK;
   uint64_t length = (uint64_t)(end - first) * TP_BLOCK;
   if (pool->disk.punch(pool->disk.ctx, at, length) >= 0) pool->metrics.punched_bytes += length;
+  pool_mark_unsynced(pool);
   pthread_mutex_lock(&pool->mutex);
   return TP_OK;
 }

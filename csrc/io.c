@@ -46,6 +46,7 @@ int disk_write(struct tp_pool *pool, const void *buf, uint64_t length, uint64_t 
   while (length > 0) {
     int64_t n = pool->disk.pwrite(pool->disk.ctx, p, min_u64(length, WRITE_MAX), at);
     if (n <= 0) return tp_error_os(n);
+    pool_mark_unsynced(pool);
     p += n, at += (uint64_t)n, length -= (uint64_t)n;
   }
   return TP_OK;

@@ -93,12 +93,14 @@ static void destroy(tp_pool *pool) {
   pthread_cond_destroy(&pool->work);
   pthread_mutex_destroy(&pool->mutex);
   pthread_mutex_destroy(&pool->resizing);
+  pthread_mutex_destroy(&pool->syncing);
   free(pool);
 }
 
 static void init_locks(tp_pool *pool) {
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_mutex_init(&pool->resizing, NULL);
+  pthread_mutex_init(&pool->syncing, NULL);
   pthread_cond_init(&pool->committed, NULL);
   pthread_condattr_t attr;
   pthread_condattr_init(&attr);
@@ -122,6 +124,7 @@ int tp_pool_open(const tp_options *options, tp_pool **out) {
   pool->next_node = 1;
   pool->txn = 1;
   pool->handles = 1;
+  pool->unsynced = true; /* by a process that was killed, say */
   pthread_mutex_lock(&pool->mutex);
   int rc = load_state(pool);
   if (rc == TP_OK && !options->read_only) rc = space_open_window(pool);

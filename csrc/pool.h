@@ -55,6 +55,8 @@ struct tp_pool {
   tp_options options;
   tp_disk disk;
   struct file_disk { int fd; } file_disk;
+  _Atomic bool unsynced;    /* the data file has changed since the last sync began; set once a change is done */
+  pthread_mutex_t syncing;  /* one sync at a time: who waits for it may find that it was his too. Taken with no other lock held */
   unsigned chunk_shift;     /* log2 of chunk_size */
   unsigned blocks;          /* per chunk */
   uint64_t handles;         /* of the pool and its layers: the memory goes with the last one */
@@ -85,6 +87,11 @@ struct tp_pool {
 };
 
 static inline uint64_t chunk_size(const struct tp_pool *pool) { return (uint64_t)1 << pool->chunk_shift; }
+
+/* After each change of the data file. A sync that began meanwhile has covered it, or finds the mark. */
+static inline void pool_mark_unsynced(struct tp_pool *pool) {
+  if (!pool->unsynced) pool->unsynced = true;
+}
 
 /* A record is the head of its struct. */
 static inline struct page *as_page(struct record *r) { return (struct page *)r; }

@@ -249,6 +249,7 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
     if (rc != TP_OK) break;
     pthread_mutex_unlock(&pool->mutex);
     int result = pool->disk.punch(pool->disk.ctx, run.first << pool->chunk_shift, run.count << pool->chunk_shift);
+    pool_mark_unsynced(pool);
     pthread_mutex_lock(&pool->mutex);
     end_punch(pool, run, result >= 0);
     if (result >= 0) pool->metrics.punched_bytes += run.count << pool->chunk_shift;

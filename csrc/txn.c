@@ -81,7 +81,13 @@ int tp_encode(tp_pool *pool, const uint8_t **records, uint64_t *length) {
 }
 
 int tp_sync(tp_pool *pool) {
-  int result = pool->disk.sync(pool->disk.ctx);
+  int result = 0;
+  pthread_mutex_lock(&pool->syncing);
+  if (atomic_exchange(&pool->unsynced, false)) {
+    result = pool->disk.sync(pool->disk.ctx);
+    if (result < 0) pool->unsynced = true;
+  }
+  pthread_mutex_unlock(&pool->syncing);
   return result < 0 ? tp_error_os(result) : TP_OK;
 }
 

@@ -67,6 +67,7 @@ static int plan_new_pages(struct tp_pool *pool, uint64_t target, uint64_t *plann
     if (rc != TP_OK) return rc;
     uint64_t length = (space->pages + 1) * PAGE_VALUES << pool->chunk_shift;
     int resized = pool->disk.resize(pool->disk.ctx, length);
+    pool_mark_unsynced(pool);
     if (resized < 0) return *planned_free > 0 ? TP_OK : tp_error_os(resized);
     record_touch(pool, &page->summary->rec);
     page->summary->value[page->rec.key % PAGE_VALUES] = PAGE_VALUES;
@@ -193,6 +194,7 @@ int space_open_window(struct tp_pool *pool) {
   free(pages);
   if (rc == TP_OK && count > 0) {
     int resized = pool->disk.resize(pool->disk.ctx, pool->space.pages * PAGE_VALUES << pool->chunk_shift);
+    pool_mark_unsynced(pool);
     if (resized < 0) rc = tp_error_os(resized);
   }
   if (rc == TP_OK) activate(pool);

@@ -47,11 +47,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--crash-cuts", type=int, default=3600, help="power cuts in tests/test_crash.py")
     parser.addoption("--server-kills", type=int, default=6, help="kills of the server in each test of tests/test_survival.py that loads it")
     parser.addoption("--damage-rounds", type=int, default=1, help="times that each kind of damage is done, from another seed each")
+    parser.addoption("--api-examples", type=int, default=6, help="requests of each kind to each route in tests/test_api_schema.py")
 
 
 @pytest.fixture
 def crash_cuts(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--crash-cuts"))
+
+
+@pytest.fixture
+def api_examples(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--api-examples"))
 
 
 @pytest.fixture

@@ -241,5 +241,5 @@ def test_a_file_system_in_use_is_refused(pool: thinpool.Pool, tmp_path: Path) ->
             Ext4(layer, writable=True)
     finally:
         layer.unmount()
-    with pytest.raises(thinpool.DamagedError, match="no ext4"):
+    with pytest.raises(thinpool.LayerState, match="no ext4"):
         Ext4(pool.create_layer("empty", "16M"))

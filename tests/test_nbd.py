@@ -241,7 +241,7 @@ def test_over_tls(pool: thinpool.Pool, tmp_path: Path, certificates: Path, verif
 
 
 def test_addresses_that_cannot_be(pool: thinpool.Pool, tmp_path: Path) -> None:
-    for address in ("nowhere", "127.0.0.1:99999", ":10809", "unix:/no/such/directory/socket", "0.0.0.0:0", "[::]:0"):
+    for address in ("nowhere", "127.0.0.1:99999", ":10809", "unix:/no/such/directory/socket", f"unix:{tmp_path}/a\0b", "0.0.0.0:0", "[::]:0"):
         with pytest.raises(thinpool.BadAddress):
             pool.serve_nbd(address)
     (tmp_path / "server-cert.pem").write_text("x")

@@ -70,13 +70,15 @@ def serve(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and serve until a signal comes.")] = False,
     takeover: Annotated[bool, typer.Option("--takeover", help="In place of the server that runs: what is attached and mounted stays.")] = False,
     nbd: Annotated[list[str] | None, typer.Option("--nbd", metavar="ADDRESS", help="Serve NBD too: unix:/path or host:port.", show_default=False)] = None,
+    http: Annotated[list[str] | None, typer.Option("--http", metavar="HOST:PORT", help="Serve the HTTP interface over TCP too.", show_default=False)] = None,
+    print_token: Annotated[bool, typer.Option("--print-token", help="Print the token that HTTP over TCP needs, and do nothing else.")] = False,
     tls_certificates: Annotated[Path | None, typer.Option(metavar="DIR", help="server-cert.pem, server-key.pem, ca-cert.pem.", show_default=False)] = None,
-    tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="Pre-shared keys: lines user:hex.", show_default=False)] = None,
+    tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="For NBD, pre-shared keys: lines user:hex.", show_default=False)] = None,
     tls_verify_peer: Annotated[bool, typer.Option("--tls-verify-peer", help="Only clients with a certificate of ca-cert.pem.")] = False,
     containerd: Annotated[Path | None, typer.Option(metavar="SOCKET", help="Be containerd's snapshotter too.", show_default=False)] = None,
     pool: options.Pool = None,
 ) -> None:
-    """Start the pool's server; it stops when nothing is attached or served by NBD and nobody connected.
+    """Start the pool's server; it stops when nothing is attached or served by NBD or TCP and nobody connected.
 
     The verbs that need it start it by themselves. With --foreground it stays, as under systemd. A server that was killed is
     started anew; devices, mounts and what was written through them are still there.
@@ -84,25 +86,40 @@ def serve(
     path = pool_path(ctx, pool)
     if containerd is not None and not foreground:
         raise typer.BadParameter("it needs --foreground: say thinpool snapshotter beside a server in the background", param_hint="--containerd")
+    if print_token:
+        from ..poolfiles import PoolFiles
+        from ..server.tcp import token_of
+
+        PoolFiles(path).require_pool()
+        print(token_of(path))
+        return
 
     def listen(p: PoolAPI) -> None:
         for address in nbd or ():
             print(p.serve_nbd(address, certificates=tls_certificates, keys=tls_keys, verify_peer=tls_verify_peer), flush=True)
 
     if not foreground:
+        from ..server.client import RemotePool
         from ..server.connect import connect, take_over
 
         with closing(take_over(path) if takeover else connect(path, server=True)) as remote:
             listen(remote)
+            assert isinstance(remote, RemotePool)
+            for address in http or ():
+                print(remote.serve_http(address, certificates=tls_certificates, verify_peer=tls_verify_peer), flush=True)
         return
     import logging
 
     from ..server.daemon import serve as serve_pool
     from ..server.survival import kept_pool
+    from ..server.tcp import listener_at
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     listener = service.listener()
     with kept_pool(path, takeover=takeover) as (opened_pool, keeper):
         listen(opened_pool)
+        listeners = [listener_at(address, tls_certificates, verify_peer=tls_verify_peer) for address in http or ()]
+        for one in listeners:
+            print(one.address, flush=True)
         with snapshots_served(lambda: nullcontext(opened_pool), containerd) if containerd is not None else nullcontext():
-            serve_pool(opened_pool, keeper, stays=True, listener=listener, on_ready=service.say_ready)
+            serve_pool(opened_pool, keeper, stays=True, listener=listener, tcp=listeners, on_ready=service.say_ready)

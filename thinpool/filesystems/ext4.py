@@ -28,6 +28,7 @@ except ImportError:  # built without libext2fs
     ffi = lib = None
 
 CHUNK_BLOCKS = 16
+_MAGIC_AT, _MAGIC = 1024 + 0x38, b"\x53\xef"  # fs/ext4/ext4.h, s_magic
 ALIGN_LARGE_BLOCKS = 16
 """Files of at least so many blocks begin at a chunk's begin (measured: docs/DESIGN.md, "Images")."""
 
@@ -44,8 +45,8 @@ def available() -> bool:
 class Ext4:
     """An ext4 file system in a layer. Inodes are known by number; times are in nanoseconds since 1970.
 
-    A context manager: leaving it writes everything to the layer, unless by an exception. One thread at a time. Raises LayerState for a
-    file system that must be repaired or has its journal replayed first, or has features that are not known here; ToolFailed where
+    A context manager: leaving it writes everything to the layer, unless by an exception. One thread at a time. Raises LayerState where there is
+    none, for one that must be repaired or has its journal replayed first, or has features that are not known here; ToolFailed where
     the library is not built; DamagedError, OutOfSpace, and the builtin exceptions of the file operations.
     """
 
@@ -56,6 +57,8 @@ class Ext4:
         if lib is None:
             raise ToolFailed("reading file systems without mounting them needs libext2fs: install libext2fs-dev and build thinpool again")
         self.layer = layer
+        if layer.size < _MAGIC_AT + len(_MAGIC) or layer.pread(len(_MAGIC), _MAGIC_AT) != _MAGIC:
+            raise LayerState(f"layer {layer.name} has no ext4 file system")
         read, write, discard = io_addresses()
         disk = ffi.new("e4_disk *")
         disk.ctx = ffi.cast("void *", layer.handle.address)
@@ -288,7 +291,7 @@ if lib is not None:
         lib.E4_EMLINK: _os_error(errno.EMLINK),
         lib.E4_EINVAL: _os_error(errno.EINVAL),
         lib.E4_ENOMEM: _os_error(errno.ENOMEM),
-        lib.E4_EDAMAGED: lambda layer, message, what: DamagedError(f"layer {layer} has no ext4 file system, or a damaged one: {message}"),
+        lib.E4_EDAMAGED: lambda layer, message, what: DamagedError(f"the ext4 file system of layer {layer} is damaged: {message}"),
         lib.E4_EUNSUPPORTED: lambda layer, message, what: LayerState(
             f"the file system of layer {layer} has features that cannot be handled without mounting it {message}".rstrip()
         ),

@@ -1,29 +1,37 @@
 """The HTTP application: the library's interface as routes, over one open pool.
 
 Every route calls one method of the pool or of a layer, in a thread; the engine lets go of the GIL, so requests run side
-by side. Errors travel as JSON (``wire``) with a fitting status. Nothing passes a closed :class:`~.state.Gate`.
+by side. Errors travel as JSON (``wire``) with a fitting status. Nothing passes a closed :class:`~.state.Gate`. ``schema`` says what
+``/openapi.json`` has beyond the routes' own signatures.
 """
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from .. import errors
 from ..api import PoolAPI
-from . import layer_routes, metrics, page, pool_routes, verb_routes
+from . import layer_routes, metrics, page, pool_routes, schema, verb_routes
+from .answers import failure, refusal
 from .state import Gate, LayerTable
+from .tcp import TcpListeners
 from .transport import STOPPING
-from .wire import API, encode_error
+from .wire import API, BODY_BYTES_MAX, encode_error
 
+# The first that fits counts.
 _STATUS: dict[type[Exception], int] = {
     errors.LayerNotFound: 404,
     errors.ImageNotFound: 404,
     errors.ContainerNotFound: 404,
-    errors.LayerDeleted: 410,
+    errors.LayerDeleted: 404,
     errors.LayerExists: 409,
     errors.LayerBusy: 409,
     errors.ImageBusy: 409,
@@ -31,10 +39,24 @@ _STATUS: dict[type[Exception], int] = {
     errors.LayerSealed: 409,
     errors.NeedsRoot: 403,
     errors.OutOfRange: 416,
-    errors.OutOfSpace: 507,
+    errors.PoolClosed: STOPPING,
+    errors.RegistryError: 502,
+    FileNotFoundError: 404,
+    PermissionError: 403,
+    FileExistsError: 409,
+    RequestValidationError: 422,
     ValueError: 400,
     TypeError: 400,
 }
+_STATUS_OF_ERRNO = {
+    errno.ENOSPC: 507,
+    **dict.fromkeys((errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EADDRINUSE, errno.EADDRNOTAVAIL), 400),
+}
+
+
+def _status_of(error: Exception) -> int:
+    by_kind = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    return _STATUS_OF_ERRNO.get(error.errno, by_kind) if isinstance(error, OSError) and error.errno is not None else by_kind
 
 
 class _Gatekeeper:
@@ -48,38 +70,57 @@ class _Gatekeeper:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif self._gate.closed:
-            await JSONResponse({}, status_code=STOPPING)(scope, receive, send)
+            await refusal(STOPPING, "ServerStopping", "the server is about to stop: connect again")(scope, receive, send)
         else:
             with self._gate.at_work():
-                await self._app(scope, receive, send)
+                await (_body_refused(dict(scope["headers"])) or self._app)(scope, receive, send)
 
 
-async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
-    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
-    return JSONResponse({"error": encode_error(error)}, status_code=status)
+def _body_refused(headers: Mapping[bytes, bytes]) -> Response | None:
+    """The answer to a body that is too long, or may be."""
+    if b"transfer-encoding" in headers:
+        return refusal(411, "LengthRequired", "a request says how long its body is")
+    if int(headers.get(b"content-length", b"0")) > BODY_BYTES_MAX:
+        return refusal(413, "BodyTooLarge", f"a request's body has up to {BODY_BYTES_MAX} bytes: send it in pieces")
+    return None
 
 
-async def _answer_bad_request(request: Request, error: Exception) -> JSONResponse:
+async def _answer_error(_request: Request, error: Exception) -> Response:
+    return failure(_status_of(error), encode_error(error))
+
+
+async def _answer_bad_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:])
-    return await _answer_error(request, TypeError(f"{where}: {first['msg']}"))
+    return refusal(422, "TypeError", f"{where}: {first['msg']}" if where else first["msg"])
 
 
-def create_app(pool: PoolAPI, gate: Gate) -> FastAPI:
-    """The application that serves ``pool`` behind ``gate``."""
-    app = FastAPI(title="thinpool", docs_url=None, redoc_url=None)
+async def _answer_no_route(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return refusal(error.status_code, "NoSuchRoute" if error.status_code in (404, 405) else "ValueError", str(error.detail), error.headers)
+
+
+def create_app(pool: PoolAPI, gate: Gate, tcp: TcpListeners) -> FastAPI:
+    """The application that serves ``pool`` behind ``gate``; ``tcp``: where it can be asked to be served too."""
+    app = FastAPI(
+        title="thinpool",
+        version=API.removeprefix("/"),
+        description="A thinpool pool: layers, images and containers. Sizes and offsets are bytes, times seconds since 1970.",
+        docs_url=None,
+        redoc_url=None,
+    )
     app.state.pool = pool
     app.state.gate = gate
+    app.state.tcp = tcp
     app.state.layers = LayerTable(pool)
-    app.include_router(pool_routes.router, prefix=API)
-    app.include_router(layer_routes.router, prefix=API)
-    app.include_router(verb_routes.router, prefix=API)
-    app.include_router(metrics.router)
-    app.include_router(page.router)
+    for module in (layer_routes, pool_routes, verb_routes, metrics, page):  # one list: FastAPI's included routers are searched twice, each to its end
+        app.router.routes.extend(module.router.routes)
     app.add_exception_handler(RequestValidationError, _answer_bad_request)
+    app.add_exception_handler(HTTPException, _answer_no_route)
     for kind in (errors.ThinpoolError, OSError, ValueError, TypeError):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(Exception, _answer_error)  # a bug of ours, which uvicorn logs besides
     app.add_middleware(_Gatekeeper, gate=gate)
+    app.openapi = partial(schema.describe, app)  # type: ignore[method-assign]
     return app

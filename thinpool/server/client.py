@@ -150,6 +150,15 @@ class RemotePool:
         """Where NBD clients are served."""
         return list(self._transport.json("GET", "/pool/nbd"))
 
+    def serve_http(self, address: str, *, certificates: str | Path | None = None, verify_peer: bool = False) -> str:
+        """Lets the server answer over TCP too, to those who have the pool's token, and with that it stays. Raises BadAddress."""
+        where = None if certificates is None else os.path.abspath(certificates)
+        return str(self._transport.json("POST", "/pool/http", {"address": address, "certificates": where, "verify_peer": verify_peer}))
+
+    def http_addresses(self) -> list[str]:
+        """Where it does."""
+        return list(self._transport.json("GET", "/pool/http"))
+
     def close(self) -> None:
         """Lets the server go; it stays as long as somebody needs it. Later calls raise PoolClosed."""
         self._transport.close()

@@ -7,7 +7,7 @@
 A server that is killed, or that leaves for a successor, leaves all of it in place (``survival``). The pool's lock decides who may start; only
 its holder touches the socket's name, so a socket left by a killed server and its keeper is simply replaced. The starter waits on a pipe: it gets
 one JSON line, ``{"ready": pid}`` once the socket accepts, or ``{"error": …}``. The server ends by itself when no connection, no request, no attachment
-and no NBD address has been there for IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT; on SIGUSR1 it leaves
+and no NBD or TCP address has been there for IDLE_SECONDS, when its socket's name is gone (nobody can reach it), or on SIGTERM or SIGINT; on SIGUSR1 it leaves
 for a successor. Before it ends by itself it closes the gate, and looks at the attachments only then: a request is either answered or turned
 away, never lost.
 """
@@ -28,6 +28,7 @@ from ..pool import Pool
 from .app import create_app
 from .state import Gate
 from .survival import leave
+from .tcp import Listener, TcpListeners
 from .transport import socket_path
 from .wire import SOCKET_NAME
 
@@ -42,12 +43,15 @@ _log = logging.getLogger("thinpool.server")
 class _Server(uvicorn.Server):
     """uvicorn on the pool's socket, with this server's reasons to end."""
 
-    def __init__(self, pool: Pool, keeper: KeeperLink, *, stays: bool, restart: Sequence[str] | None, listener: socket.socket | None) -> None:
+    def __init__(
+        self, pool: Pool, keeper: KeeperLink, *, stays: bool, restart: Sequence[str] | None, listener: socket.socket | None, tcp: Sequence[Listener]
+    ) -> None:
         self._gate = Gate()
+        self._tcp, self._tcp_at_first = TcpListeners(pool.path, self, keeper), tcp
         # Connections are never closed for being quiet: an open one is how a client says that it is there.
         super().__init__(
             uvicorn.Config(
-                create_app(pool, self._gate),
+                create_app(pool, self._gate, self._tcp),
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
@@ -86,6 +90,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in (*self._tcp.kept(), *self._tcp_at_first):
+            await self._tcp.serve(listener)
         _log.info("serving %s", self._pool.path)
         if self._on_ready is not None:
             self._on_ready()
@@ -106,7 +112,7 @@ class _Server(uvicorn.Server):
         if not self._reachable():
             _log.warning("the socket of %s is gone: nobody can reach this server", self._pool.path)
             return True
-        if self._stays or self.server_state.connections or self._gate.idle_seconds() < IDLE_SECONDS:
+        if self._stays or self._tcp.addresses() or self.server_state.connections or self._gate.idle_seconds() < IDLE_SECONDS:
             return False
         self._gate.closed = True
         try:
@@ -145,14 +151,15 @@ def serve(
     stays: bool,
     restart: Sequence[str] | None = None,
     listener: socket.socket | None = None,
+    tcp: Sequence[Listener] = (),
     on_ready: Callable[[], None] | None = None,
 ) -> None:
     """Serves an open pool until nobody needs it; ``stays``: until a signal. The caller closes the pool afterwards.
 
     ``restart``: what the keeper starts when this process was killed; ``None``: somebody else will. ``listener``: the socket ``server.sock``, where somebody
-    else has made it. Does not return where it leaves for a successor.
+    else has made it; ``tcp``: where it is served over TCP too. Does not return where it leaves for a successor.
     """
-    server = _Server(pool, keeper, stays=stays, restart=restart, listener=listener)
+    server = _Server(pool, keeper, stays=stays, restart=restart, listener=listener, tcp=tcp)
     server.run_until_done(on_ready)
     if server.leaves:
         _log.info("leaving it to the next server")

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
 
-from .state import Flag, GateOf, Labels, LayerOf, LayersOf, Name, Number, OptionalName, OptionalSize, SizeField, ViaField
+from ..api import Attachment, Usage
+from .endpoints import call, change
+from .schema import BYTES, BYTES_BODY, OCTETS, failures, lines_of, operation_id
+from .state import BodyOf, Flag, GateOf, Labels, LayerOf, LayersOf, Name, Number, OptionalName, OptionalSize, Path, SizeField, ViaField
 from .streams import extent_lines, work_lines
-from .wire import Json, record_of
+from .wire import API, BODY_BYTES_MAX, LayerRecord, record_of
 
-router = APIRouter(prefix="/layers/{layer_id}")
+router = APIRouter(prefix=f"{API}/layers/{{layer_id}}", tags=["layer"], responses=failures(404, 409), generate_unique_id_function=operation_id)
 
 
 @router.get("")
-def describe(layer: LayerOf) -> Json:
+@call
+def describe(layer: LayerOf) -> LayerRecord:
     """What there is to say about it."""
-    return record_of(layer).to_json()
+    return record_of(layer)
 
 
 @router.delete("")
+@change
 def delete(layer: LayerOf, layers: LayersOf, layer_id: int) -> None:
     """Deletes it."""
     layer.delete()
@@ -29,120 +33,137 @@ def delete(layer: LayerOf, layers: LayersOf, layer_id: int) -> None:
 
 
 @router.get("/children")
+@call
 def children(layer: LayerOf) -> list[int]:
     """The ids of what branched from it."""
     return [child.id for child in layer.children]
 
 
-@router.get("/data")
-def read(layer: LayerOf, offset: int, length: int) -> Response:
+@router.get("/data", response_class=Response, responses=BYTES | failures(416))
+def read(layer: LayerOf, offset: int, length: Annotated[int, Query(le=BODY_BYTES_MAX)]) -> Response:
     """Its bytes."""
-    return Response(layer.pread(length, offset), media_type="application/octet-stream")
+    return Response(layer.pread(length, offset), media_type=OCTETS)
 
 
-@router.put("/data")
-async def write(request: Request, layer: LayerOf, offset: int) -> int:
+@router.put("/data", openapi_extra=BYTES_BODY, responses=failures(416, 507))
+@change
+def write(layer: LayerOf, offset: int, data: BodyOf) -> int:
     """Writes the body."""
-    return await run_in_threadpool(layer.pwrite, await request.body(), offset)
+    return layer.pwrite(data, offset)
 
 
-@router.post("/write_zeroes")
+@router.post("/write_zeroes", responses=failures(416, 507))
+@change
 def write_zeroes(layer: LayerOf, offset: Number, length: Number) -> None:
     """Makes a range read as zeros."""
     layer.write_zeroes(offset, length)
 
 
-@router.post("/discard")
+@router.post("/discard", responses=failures(416, 507))
+@change
 def discard(layer: LayerOf, offset: Number, length: Number) -> None:
     """Makes a range read as zeros, and gives its space back."""
     layer.discard(offset, length)
 
 
 @router.post("/flush")
+@call
 def flush(layer: LayerOf) -> None:
     """Makes what was written durable."""
     layer.flush()
 
 
 @router.post("/snapshot")
-def snapshot(layer: LayerOf, layers: LayersOf, name: Name, labels: Labels = None) -> Json:
+@change
+def snapshot(layer: LayerOf, layers: LayersOf, name: Name, labels: Labels = None) -> LayerRecord:
     """A sealed layer of the present content."""
     return layers.describe(layer.snapshot(name, labels=labels))
 
 
 @router.post("/clone")
-def clone(layer: LayerOf, layers: LayersOf, name: Name, size: OptionalSize = None, labels: Labels = None) -> Json:
+@change
+def clone(layer: LayerOf, layers: LayersOf, name: Name, size: OptionalSize = None, labels: Labels = None) -> LayerRecord:
     """A writable layer of the present content."""
     return layers.describe(layer.clone(name, size, labels=labels))  # type: ignore[arg-type]  # see pool_routes
 
 
 @router.post("/seal")
+@change
 def seal(layer: LayerOf) -> None:
     """Makes it never change again."""
     layer.seal()
 
 
-@router.post("/resize")
+@router.post("/resize", responses=failures(507))
+@change
 def resize(layer: LayerOf, size: SizeField, allow_shrink: Flag = False) -> None:
     """Changes its size."""
     layer.resize(size, allow_shrink=bool(allow_shrink))  # type: ignore[arg-type]
 
 
 @router.post("/rename")
+@change
 def rename(layer: LayerOf, name: Name) -> None:
     """Changes its name."""
     layer.rename(name)
 
 
 @router.post("/labels")
+@change
 def set_labels(layer: LayerOf, labels: Labels) -> None:
     """Replaces its labels."""
     layer.set_labels(labels or {})
 
 
 @router.post("/reset")
+@change
 def reset(layer: LayerOf, to: OptionalName = None) -> None:
     """Takes another layer's content."""
     layer.reset(to)
 
 
-@router.get("/extents")
-async def extents(layer: LayerOf) -> StreamingResponse:
+@router.get("/extents", response_class=Response, responses=lines_of(None, "items"))
+async def extents(layer: LayerOf) -> Response:
     """Its data and holes."""
-    return extent_lines(layer.extents)
+    return await extent_lines(layer.extents)
 
 
 @router.get("/usage")
-def usage(layer: LayerOf) -> Json:
+@call
+def usage(layer: LayerOf) -> Usage:
     """What it takes."""
-    return asdict(layer.usage())
+    return layer.usage()
 
 
-@router.post("/export/raw")
-async def export_raw(gate: GateOf, layer: LayerOf, path: Name) -> StreamingResponse:
+@router.post("/export/raw", response_class=Response, responses=lines_of(None) | failures(507))
+async def export_raw(gate: GateOf, layer: LayerOf, path: Path) -> Response:
     """Writes it to a file of the server's host."""
-    return work_lines(gate, lambda progress: layer.export_raw(path, progress=progress))
+    return await work_lines(gate, lambda progress: layer.export_raw(path, progress=progress))
 
 
 @router.post("/attach")
-def attach(layer: LayerOf, sector_size: Number, owner: Number, via: ViaField = "loop") -> Json:
+@call
+def attach(layer: LayerOf, sector_size: Number = 512, owner: Number = 0, via: ViaField = "loop") -> Attachment:
     """Makes it a block device."""
-    return asdict(layer.attach(sector_size=sector_size, owner=owner, via=via))
+    return layer.attach(sector_size=sector_size, owner=owner, via=via)
 
 
 @router.post("/mount")
-def mount(layer: LayerOf, directory: Name, owner: Number, read_only: Flag = None, via: ViaField = "loop") -> Json:
+@call
+def mount(layer: LayerOf, directory: Path, owner: Number = 0, read_only: Flag = None, via: ViaField = "loop") -> Attachment:
     """Mounts its file system."""
-    return asdict(layer.mount(directory, read_only=read_only, owner=owner, via=via))
+    return layer.mount(directory, read_only=read_only, owner=owner, via=via)
 
 
 @router.post("/detach")
+@call
 def detach(layer: LayerOf) -> None:
     """Takes its block device away."""
     layer.detach()
 
 
 @router.post("/unmount")
+@call
 def unmount(layer: LayerOf) -> None:
     """Unmounts its file system."""
     layer.unmount()

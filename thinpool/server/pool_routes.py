@@ -3,117 +3,148 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+import pathlib
 
 from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
 
-from ..api import LayerAPI
-from .state import Flag, GateOf, Labels, LayersOf, Name, NameOrId, OptionalName, PoolOf, SizeField
+from ..api import Attachment, LayerAPI, PoolUsage
+from ..metrics import PoolMetrics
+from .endpoints import call, change
+from .schema import failures, lines_of, operation_id
+from .state import Flag, GateOf, Labels, LayersOf, Name, NameOrId, OptionalPath, Path, PoolOf, SizeField, TcpOf
 from .streams import extent_lines, work_lines
-from .wire import Json, records_of
+from .tcp import listener_at
+from .wire import API, Greeting, LayerRecord, records_of
 
-router = APIRouter()
+router = APIRouter(prefix=API, tags=["pool"], responses=failures(), generate_unique_id_function=operation_id)
 
 
 @router.get("/pool")
-async def greet(pool: PoolOf) -> Json:
+async def greet(pool: PoolOf) -> Greeting:
     """Who serves which pool: a client's first request."""
-    return {"path": str(pool.path), "chunk_size": pool.chunk_size, "pid": os.getpid()}
+    return Greeting(str(pool.path), pool.chunk_size, os.getpid())
 
 
 @router.get("/pool/usage")
-def usage(pool: PoolOf) -> Json:
+@call
+def usage(pool: PoolOf) -> PoolUsage:
     """What the pool takes."""
-    return asdict(pool.usage())
+    return pool.usage()
 
 
 @router.get("/pool/metrics")
-def metrics(pool: PoolOf) -> Json:
+@call
+def metrics(pool: PoolOf) -> PoolMetrics:
     """What it has counted and timed since it was opened."""
-    return asdict(pool.metrics())
+    return pool.metrics()
 
 
 @router.post("/pool/capacity")
+@call
 def set_capacity(pool: PoolOf, capacity: SizeField) -> None:
     """Sets the most that chunks may take."""
     pool.set_capacity(capacity)  # type: ignore[arg-type]  # a float is refused there, as in the library
 
 
 @router.post("/pool/commit")
+@call
 def commit(pool: PoolOf) -> None:
     """Makes everything so far durable."""
     pool.commit()
 
 
 @router.post("/pool/reclaim")
+@call
 def reclaim(pool: PoolOf) -> None:
     """Gives the space of what was deleted back to the host."""
     pool.reclaim()
 
 
-@router.post("/pool/digests")
-async def compute_digests(gate: GateOf, pool: PoolOf) -> StreamingResponse:
+@router.post("/pool/digests", response_class=Response, responses=lines_of(None))
+async def compute_digests(gate: GateOf, pool: PoolOf) -> Response:
     """Computes the content digests that sealed layers lack."""
-    return work_lines(gate, pool.compute_digests)
+    return await work_lines(gate, pool.compute_digests)
 
 
-@router.post("/pool/nbd")
-def serve_nbd(pool: PoolOf, address: Name, certificates: OptionalName = None, keys: OptionalName = None, verify_peer: Flag = None) -> str:
+@router.post("/pool/nbd", responses=failures(404, 409))
+@call
+def serve_nbd(pool: PoolOf, address: Name, certificates: OptionalPath = None, keys: OptionalPath = None, verify_peer: Flag = None) -> str:
     """Serves all layers over NBD too."""
     return pool.serve_nbd(address, certificates=certificates, keys=keys, verify_peer=bool(verify_peer))
 
 
 @router.get("/pool/nbd")
+@call
 def nbd_addresses(pool: PoolOf) -> list[str]:
     """Where NBD clients are served."""
     return list(pool.nbd_addresses())
 
 
+@router.post("/pool/http", responses=failures(404))
+async def serve_http(tcp: TcpOf, address: Name, certificates: OptionalPath = None, verify_peer: Flag = None) -> str:
+    """Serves this interface over TCP too, to those who have the pool's token."""
+    where = None if certificates is None else pathlib.Path(certificates)
+    listener = await run_in_threadpool(listener_at, address, where, verify_peer=bool(verify_peer))
+    await tcp.serve(listener)
+    return listener.address
+
+
+@router.get("/pool/http")
+async def http_addresses(tcp: TcpOf) -> list[str]:
+    """Where this interface is served over TCP."""
+    return tcp.addresses()
+
+
 @router.get("/attachments")
-def attachments(pool: PoolOf) -> list[Json]:
+@call
+def attachments(pool: PoolOf) -> list[Attachment]:
     """The layers in use."""
-    return [asdict(attachment) for attachment in pool.attachments()]
+    return list(pool.attachments())
 
 
 @router.get("/layers")
-def layers(pool: PoolOf, label: str | None = None, with_usage: bool = False) -> list[Json]:
+@call
+def layers(pool: PoolOf, label: str | None = None, with_usage: bool = False) -> list[LayerRecord]:
     """All layers, or those that have the label."""
-    return [record.to_json() for record in records_of(pool, label, with_usage=with_usage)]
+    return records_of(pool, label, with_usage=with_usage)
 
 
-@router.get("/layer")
-def layer(pool: PoolOf, layers: LayersOf, name: str) -> Json:
+@router.get("/layer", responses=failures(404))
+@call
+def layer(pool: PoolOf, layers: LayersOf, name: str) -> LayerRecord:
     """The layer of a name."""
     return layers.describe(pool.layer(name))
 
 
-@router.post("/layers")
-def create_layer(pool: PoolOf, layers: LayersOf, name: Name, size: SizeField, labels: Labels = None) -> Json:
+@router.post("/layers", responses=failures(409))
+@change
+def create_layer(pool: PoolOf, layers: LayersOf, name: Name, size: SizeField, labels: Labels = None) -> LayerRecord:
     """Makes an empty writable layer."""
     return layers.describe(pool.create_layer(name, size, labels=labels))  # type: ignore[arg-type]
 
 
-@router.post("/diff")
-async def diff(pool: PoolOf, layers: LayersOf, from_layer: NameOrId, to_layer: NameOrId) -> StreamingResponse:
+@router.post("/diff", response_class=Response, responses=lines_of(None, "items") | failures(404))
+async def diff(pool: PoolOf, layers: LayersOf, from_layer: NameOrId, to_layer: NameOrId) -> Response:
     """The ranges in which two layers may differ."""
 
     def end(given: str | int) -> str | LayerAPI:
         return given if isinstance(given, str) else layers.get(given)
 
-    return extent_lines(lambda: pool.diff(end(from_layer), end(to_layer)))
+    return await extent_lines(lambda: pool.diff(end(from_layer), end(to_layer)))
 
 
-@router.post("/import/raw")
-async def import_raw(gate: GateOf, pool: PoolOf, layers: LayersOf, path: Name, name: Name, labels: Labels = None) -> StreamingResponse:
+@router.post("/import/raw", response_class=Response, responses=lines_of(LayerRecord) | failures(404, 409, 507))
+async def import_raw(gate: GateOf, pool: PoolOf, layers: LayersOf, path: Path, name: Name, labels: Labels = None) -> Response:
     """Takes in a raw image of the server's host."""
-    return work_lines(gate, lambda progress: layers.describe(pool.import_raw(path, name, labels=labels, progress=progress)))
+    return await work_lines(gate, lambda progress: layers.describe(pool.import_raw(path, name, labels=labels, progress=progress)).to_json())
 
 
-@router.post("/import/rootfs")
+@router.post("/import/rootfs", response_class=Response, responses=lines_of(LayerRecord) | failures(404, 409, 507))
 async def import_rootfs(
-    gate: GateOf, pool: PoolOf, layers: LayersOf, path: Name, name: Name, size: SizeField, filesystem: Name, labels: Labels = None
-) -> StreamingResponse:
+    gate: GateOf, pool: PoolOf, layers: LayersOf, path: Path, name: Name, size: SizeField, filesystem: Name, labels: Labels = None
+) -> Response:
     """Takes in a root file system tarball of the server's host."""
     options = {"size": size, "filesystem": filesystem, "labels": labels}
-    return work_lines(gate, lambda progress: layers.describe(pool.import_rootfs(path, name, **options, progress=progress)))  # type: ignore[arg-type]
+    return await work_lines(gate, lambda progress: layers.describe(pool.import_rootfs(path, name, **options, progress=progress)).to_json())  # type: ignore[arg-type]

@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from ..api import LayerAPI, PoolAPI, Via
 from ..errors import LayerDeleted
-from .wire import Json, record_of
+from .tcp import TcpListeners
+from .wire import LayerRecord, record_of
 
 
 class Gate:
@@ -61,10 +64,14 @@ class LayerTable:
         self._pool = pool
         self._layers: dict[int, LayerAPI] = {}
 
-    def describe(self, layer: LayerAPI) -> Json:
-        """Remembers the layer, and gives its record as JSON."""
+    def describe(self, layer: LayerAPI) -> LayerRecord:
+        """Remembers the layer, and gives its record."""
         self._layers[layer.id] = layer
-        return record_of(layer).to_json()
+        return record_of(layer)
+
+    def held(self, layer_id: int) -> LayerAPI | None:
+        """The layer of that id, if a client holds it."""
+        return self._layers.get(layer_id)
 
     def get(self, layer_id: int) -> LayerAPI:
         """The layer of that id. Raises LayerDeleted."""
@@ -89,26 +96,43 @@ async def _pool(request: Request) -> Any:
     return request.app.state.pool
 
 
+async def _body(request: Request) -> bytes:
+    return await request.body()
+
+
+async def _tcp(request: Request) -> Any:
+    return request.app.state.tcp
+
+
 async def _table(request: Request) -> Any:
     return request.app.state.layers
 
 
-def _layer(request: Request, layer_id: int) -> Any:
-    return request.app.state.layers.get(layer_id)
+async def _layer(request: Request, layer_id: int) -> Any:
+    table: LayerTable = request.app.state.layers
+    return table.held(layer_id) or await run_in_threadpool(table.get, layer_id)
 
 
 GateOf = Annotated[Gate, Depends(_gate)]
 PoolOf = Annotated[PoolAPI, Depends(_pool)]
+TcpOf = Annotated[TcpListeners, Depends(_tcp)]
 LayersOf = Annotated[LayerTable, Depends(_table)]
+BodyOf = Annotated[bytes, Depends(_body)]
 LayerOf = Annotated[LayerAPI, Depends(_layer)]
 
+# Strict: a number in quotes is none.
+SizeValue = Annotated[StrictInt | StrictFloat | StrictStr, Field(description="Bytes, or text like `10G`", examples=["10G", 1 << 20])]
+HostPath = Annotated[StrictStr, Field(description="An absolute path on the server's host", pattern="^/")]
+
 _field = Body(embed=True)
-Name = Annotated[str, _field]
-Number = Annotated[int, _field]
-SizeField = Annotated[int | float | str, _field]
-Labels = Annotated[dict[str, str] | None, _field]
-NameOrId = Annotated[int | str, _field]
-Flag = Annotated[bool | None, _field]
-OptionalSize = Annotated[int | float | str | None, _field]
-OptionalName = Annotated[str | None, _field]
+Name = Annotated[StrictStr, _field]
+Path = Annotated[HostPath, _field]
+Number = Annotated[StrictInt, _field]
+SizeField = Annotated[SizeValue, _field]
+Labels = Annotated[dict[StrictStr, StrictStr] | None, _field]
+NameOrId = Annotated[StrictInt | StrictStr, _field]
+Flag = Annotated[StrictBool | None, _field]
+OptionalSize = Annotated[SizeValue | None, _field]
+OptionalName = Annotated[StrictStr | None, _field]
+OptionalPath = Annotated[HostPath | None, _field]
 ViaField = Annotated[Via, _field]

@@ -10,16 +10,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response, StreamingResponse
 
 from ..api import Extent, Progress
 from ..errors import ThinpoolError
+from .schema import JSON_LINES
 from .state import Gate
 from .wire import Json, encode_error, encode_extents
 
 _BATCH_EXTENTS = 4096
 _PROGRESS_SECONDS = 0.1
-_MEDIA_TYPE = "application/jsonl"
 
 _log = logging.getLogger("thinpool.server")
 
@@ -28,33 +29,37 @@ class _GivenUp(Exception):
     """Nobody waits for the work any more."""
 
 
-def extent_lines(extents: Callable[[], Iterator[Extent]]) -> StreamingResponse:
-    """Streams extents in batches; an error on the way is the last line."""
+async def extent_lines(extents: Callable[[], Iterator[Extent]]) -> Response:
+    """Streams extents in batches. An error before the first of them is raised; one on the way is the last line."""
 
     def lines() -> Iterator[str]:
+        items = extents()
+        while batch := list(itertools.islice(items, _BATCH_EXTENTS)):
+            yield _line({"items": encode_extents(batch)})
+        yield _line({"result": None})
+
+    def after(first: str, rest: Iterator[str]) -> Iterator[str]:
+        yield first
         try:
-            items = extents()
-            while batch := list(itertools.islice(items, _BATCH_EXTENTS)):
-                yield _line({"items": encode_extents(batch)})
+            yield from rest
         except Exception as error:
             yield _line({"error": encode_error(error)})
-        else:
-            yield _line({"result": None})
 
-    return StreamingResponse(lines(), media_type=_MEDIA_TYPE)
+    waiting = lines()
+    return StreamingResponse(after(await run_in_threadpool(next, waiting), waiting), media_type=JSON_LINES)
 
 
-def work_lines(gate: Gate, work: Callable[[Progress], Any]) -> StreamingResponse:
+async def work_lines(gate: Gate, work: Callable[[Progress], Any]) -> Response:
     """Does long work in a thread and streams its progress and its result, which must be ready for JSON.
 
-    When the client goes away or the server is about to stop, the next call of the progress function raises.
+    An error before any progress is raised. When the client goes away or the server is about to stop, the next call of the progress function raises.
     """
     loop = asyncio.get_running_loop()
-    waiting: asyncio.Queue[Json] = asyncio.Queue()
+    waiting: asyncio.Queue[Json | Exception] = asyncio.Queue()
     given_up = False
     next_report = 0.0
 
-    def put(line: Json) -> None:
+    def put(line: Json | Exception) -> None:
         loop.call_soon_threadsafe(waiting.put_nowait, line)
 
     def progress(done: int, total: int) -> None:
@@ -69,24 +74,26 @@ def work_lines(gate: Gate, work: Callable[[Progress], Any]) -> StreamingResponse
     def run() -> None:
         try:
             put({"result": work(progress)})
-        except (ThinpoolError, OSError, _GivenUp) as error:
-            put({"error": encode_error(error)})
         except Exception as error:
-            _log.exception("long work failed")
-            put({"error": encode_error(error)})
+            if not isinstance(error, (ThinpoolError, OSError, ValueError, _GivenUp)):
+                _log.exception("long work failed")
+            put(error)
 
-    async def lines() -> AsyncIterator[str]:
+    async def lines(line: Json | Exception) -> AsyncIterator[str]:
         nonlocal given_up
         try:
-            line: Json = {"progress": [0, 0]}
-            while "progress" in line:
-                line = await waiting.get()
+            while not isinstance(line, Exception) and "progress" in line:
                 yield _line(line)
+                line = await waiting.get()
+            yield _line({"error": encode_error(line)} if isinstance(line, Exception) else line)
         finally:
             given_up = True
 
     gate.start(asyncio.to_thread(run))
-    return StreamingResponse(lines(), media_type=_MEDIA_TYPE)
+    first = await waiting.get()
+    if isinstance(first, Exception):
+        raise first
+    return StreamingResponse(lines(first), media_type=JSON_LINES)
 
 
 def _line(value: Json) -> str:

@@ -18,10 +18,21 @@ from ..api import Extent, LayerAPI, PoolAPI, Usage
 
 SOCKET_NAME = "server.sock"
 LOG_NAME = "server.log"
+TOKEN_NAME = "token"
 API = "/v1"
+BODY_BYTES_MAX = 64 << 20  # of one request, and of what one reads
 
 Json = dict[str, Any]
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """Who serves which pool."""
+
+    path: str
+    chunk_size: int
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ class NbdServer:
 
         With TLS a TCP client must use it; beyond this machine there is no listening without. Raises BadAddress, OSError.
         """
-        listener, bound = _bind(address, has_tls=context is not None)
+        listener, bound = bind(address, has_tls=context is not None)
         self._serve_at(bound, listener, context)
         return bound
 
@@ -163,18 +163,21 @@ class NbdServer:
             pumping.join()
 
 
-def _bind(address: str, *, has_tls: bool) -> tuple[socket.socket, str]:
+def bind(address: str, *, has_tls: bool) -> tuple[socket.socket, str]:
+    """A socket that listens at ``unix:/path`` or ``host:port``, and where that is. Raises BadAddress, OSError."""
+    if "\0" in address:  # the kernel would take a socket's path to end there
+        raise BadAddress(f"no address has a zero byte: {address!r}")
     if address.startswith(_UNIX_PREFIX) or "/" in address:
         return _bind_unix(os.path.abspath(address.removeprefix(_UNIX_PREFIX)))
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535 or not host:
-        raise BadAddress(f"an NBD address is unix:/path or host:port, not {address!r}")
+        raise BadAddress(f"an address is host:port (or unix:/path for NBD), not {address!r}")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise BadAddress(f"cannot listen at {address}: {error.strerror}") from error
     if not has_tls and not _is_loopback(str(where[0])):
-        raise BadAddress(f"{address} can be reached from other machines: give certificates or keys for TLS, or listen at 127.0.0.1 or a Unix socket")
+        raise BadAddress(f"{address} can be reached from other machines: give certificates or keys for TLS, or listen at 127.0.0.1")
     listener = socket.socket(family, kind)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

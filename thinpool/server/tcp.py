@@ -1,0 +1,155 @@
+"""The HTTP interface over TCP: with a token, with TLS beyond this machine, and not for other sites' pages in a browser here.
+
+A page from anywhere can send requests to this machine, and have its own name resolve to it (DNS rebinding). So requests without TLS must name
+this machine as their host, and requests that tell their origin must come from the very address they go to. The page at ``/`` is
+for everybody: what it shows it asks for with the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import hmac
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import ssl
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import uvicorn
+
+from ..errors import BadAddress
+from ..exports.keeping.link import KeeperLink
+from ..exports.nbd.server import bind
+from ..exports.nbd.tls import tls_context
+from .answers import refusal
+from .wire import TOKEN_NAME
+
+_KEEP_ALIVE_SECONDS = 75  # of a connection without a request: unlike a local client's, it keeps nothing alive
+_TOKEN_CHARACTERS_MIN = 16
+_KEPT_PREFIX = "tcp "
+
+
+def token_of(directory: Path) -> str:
+    """The token of the pool in ``directory``; made when there is none. Raises PermissionError where others may read it."""
+    path = directory / TOKEN_NAME
+    if not path.exists():
+        with tempfile.NamedTemporaryFile("w", dir=directory, prefix=f"{TOKEN_NAME}-") as file:  # mode 0600
+            file.write(secrets.token_urlsafe(32) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            with suppress(FileExistsError):  # of two who make one, one does
+                os.link(file.name, path)
+    if path.stat().st_mode & 0o077:
+        raise PermissionError(f"others may read {path}: chmod 600 it, or remove it to have a new token made")
+    token = path.read_text().strip()
+    if len(token) < _TOKEN_CHARACTERS_MIN:
+        raise BadAddress(f"{path} holds no token of {_TOKEN_CHARACTERS_MIN} characters or more: remove it to have one made")
+    return token
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A socket that listens on TCP at ``address``, and with what TLS."""
+
+    bound: socket.socket
+    address: str
+    certificates: str | None
+    verify_peer: bool
+
+    @property
+    def name(self) -> str:
+        """What the keeper knows it by: all that a successor needs besides the socket."""
+        return _KEPT_PREFIX + json.dumps({"address": self.address, "certificates": self.certificates, "verify_peer": self.verify_peer})
+
+    def context(self) -> ssl.SSLContext | None:
+        """How to speak TLS on it. Raises BadAddress, OSError."""
+        return tls_context(Path(self.certificates) if self.certificates else None, None, verify_peer=self.verify_peer)
+
+
+def listener_at(address: str, certificates: Path | None, *, verify_peer: bool) -> Listener:
+    """Binds ``host:port`` (port 0: any that is free). Raises BadAddress, also without certificates beyond this machine."""
+    if "/" in address or address.startswith("unix:"):
+        raise BadAddress(f"HTTP is served on the pool's Unix socket anyway: give host:port, not {address!r}")
+    tls_context(certificates, None, verify_peer=verify_peer)
+    try:
+        bound, name = bind(address, has_tls=certificates is not None)
+    except BadAddress:
+        raise
+    except OSError as error:
+        raise BadAddress(f"cannot listen at {address}: {error.strerror or error}") from error
+    return Listener(bound, name, os.path.abspath(certificates) if certificates else None, verify_peer)
+
+
+class Guard:
+    """ASGI middleware of a TCP listener: lets pass who has the token."""
+
+    def __init__(self, app: Any, token: str, *, has_tls: bool) -> None:
+        self._app = app
+        self._token = token.encode()
+        self._scheme = "https" if has_tls else "http"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        refused = self._refused(scope, dict(scope["headers"])) if scope["type"] == "http" else None
+        await (refused or self._app)(scope, receive, send)
+
+    def _refused(self, scope: Any, headers: Mapping[bytes, bytes]) -> Any:
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        if self._scheme == "http" and not _is_here(host):
+            return refusal(403, "PermissionError", f"a request without TLS names this machine as its host, not {host!r}")
+        if origin and origin != f"{self._scheme}://{host}":
+            return refusal(403, "PermissionError", f"pages of {origin!r} may not ask this server")
+        if scope["path"] == "/" and scope["method"] in ("GET", "HEAD"):
+            return None
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token):
+            return None
+        challenge = 'Bearer realm="thinpool"' + (', error="invalid_token"' if given else "")
+        return refusal(401, "PermissionError", "over TCP a request needs the pool's token: Authorization: Bearer TOKEN", {"WWW-Authenticate": challenge})
+
+
+def _is_here(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+class TcpListeners:
+    """Where a running server is reached over TCP. Belongs to the event loop's thread."""
+
+    def __init__(self, directory: Path, server: uvicorn.Server, keeper: KeeperLink) -> None:
+        self._directory = directory
+        self._server, self._keeper = server, keeper
+        self._addresses: list[str] = []
+
+    def addresses(self) -> list[str]:
+        """Where it listens."""
+        return sorted(self._addresses)
+
+    def kept(self) -> list[Listener]:
+        """Those of the server before this one."""
+        names = [name for name in self._keeper.names() if name.startswith(_KEPT_PREFIX)]
+        return [Listener(socket.socket(fileno=os.dup(self._keeper.kept(name)[0])), **json.loads(name.removeprefix(_KEPT_PREFIX))) for name in names]
+
+    async def serve(self, listener: Listener) -> None:
+        """Serves it until the server stops, and with that the server stays."""
+        context = listener.context()
+        config = copy.copy(self._server.config)
+        config.timeout_keep_alive = _KEEP_ALIVE_SECONDS
+        config.loaded_app = Guard(config.loaded_app, token_of(self._directory), has_tls=context is not None)
+        state = {"server_state": self._server.server_state, "app_state": self._server.lifespan.state}
+        protocol = functools.partial(cast(Any, config.http_protocol_class), config=config, **state)
+        self._keeper.keep(listener.name, [listener.bound.fileno()])
+        self._server.servers.append(await asyncio.get_running_loop().create_server(protocol, sock=listener.bound, ssl=context))
+        self._addresses.append(listener.address)

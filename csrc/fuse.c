@@ -6,7 +6,7 @@
  * the data of a READ is read into the same page-aligned place and answered together with its header by writev.
  *
  * The threads sleep in read() until there is work. They end when the connection ends: the file system is unmounted
- * everywhere, or aborted (umount2 with MNT_FORCE).
+ * everywhere, or aborted (umount2 with MNT_FORCE). A request that must wait for its layer's limits does so in a thread of its own.
  *
  * The process may be killed at any instruction, and another goes on with the same descriptors: a request that was read
  * and not answered stays with the kernel as long as somebody has that descriptor open, and is asked again on demand
@@ -32,6 +32,7 @@
 #define FUSE_NOTIFY_RESEND 7
 #define HEAD_SIZE (sizeof(struct fuse_in_header) + sizeof(struct fuse_write_in)) /* in front of a WRITE's data */
 #define MEMORY_SIZE (PAGE + FUSE_IO_MAX)
+#define LATE_STACK (256u << 10)
 
 int64_t fuse_now_ns(void) {
   struct timespec now;
@@ -41,6 +42,7 @@ int64_t fuse_now_ns(void) {
 
 int fuse_errno(int code) {
   switch (code) {
+    case TP_EQUOTA:
     case TP_ENOSPC: return -ENOSPC;
     case TP_ERANGE: return -EFBIG;
     case TP_ESEALED:
@@ -110,10 +112,12 @@ bool fuse_splice(struct fuse_request *request, tp_layer *layer, uint64_t length,
   return rc == TP_ECLOSED;
 }
 
-static void serve(struct fuse_worker *worker, size_t length) {
+/* True: it must be done again where it may wait. */
+static bool serve(struct fuse_worker *worker, size_t length, bool may_wait) {
   const uint8_t *start = worker->payload - HEAD_SIZE;
-  struct fuse_request request = {.fuse = worker->fuse, .worker = worker, .header = (const void *)start, .payload = worker->payload};
-  if (length < sizeof *request.header || request.header->len != length) return; /* not from the kernel */
+  struct fuse_request request = {.fuse = worker->fuse, .worker = worker, .header = (const void *)start,
+                                 .payload = worker->payload, .may_wait = may_wait};
+  if (length < sizeof *request.header || request.header->len != length) return false; /* not from the kernel */
   request.body = start + sizeof *request.header;
   request.body_length = length - sizeof *request.header;
   const struct fuse_operation *operation = fuse_operation(request.header->opcode);
@@ -125,7 +129,64 @@ static void serve(struct fuse_worker *worker, size_t length) {
   } else {
     error = operation->run(&request);
   }
-  if (error != FUSE_NO_REPLY) send_reply(worker->fd, &request, error);
+  if (error != FUSE_NO_REPLY && error != FUSE_LATER) send_reply(worker->fd, &request, error);
+  return error == FUSE_LATER;
+}
+
+static uint8_t *map_memory(void) {
+  uint8_t *memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (memory == MAP_FAILED) return NULL;
+  (void)mlock(memory, MEMORY_SIZE); /* without the right to lock as much, it is there all the same, most of the time */
+  (void)madvise(memory, MEMORY_SIZE, MADV_DONTFORK); /* a fork would have it copied at the next write */
+  return memory;
+}
+
+/* --- requests that must wait for their layer's limits: each in a thread of its own, so that those of other layers go on --- */
+
+struct late {
+  struct fuse_worker worker; /* a copy, with the memory that the request is in */
+  size_t length;
+};
+
+static void *work_late(void *argument) {
+  struct late *late = argument;
+  tp_fuse *fuse = late->worker.fuse;
+  (void)prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+  (void)serve(&late->worker, late->length, true);
+  munmap(late->worker.memory, MEMORY_SIZE);
+  free(late);
+  pthread_mutex_lock(&fuse->late_mutex);
+  if (--fuse->late == 0) pthread_cond_signal(&fuse->late_done);
+  pthread_mutex_unlock(&fuse->late_mutex);
+  return NULL;
+}
+
+/* The worker goes on with memory of its own; where there is none, it waits itself. */
+static void serve_late(struct fuse_worker *worker, size_t length) {
+  struct late *late = malloc(sizeof *late);
+  uint8_t *memory = late == NULL ? NULL : map_memory();
+  pthread_attr_t attr;
+  pthread_t thread;
+  bool started = false;
+  if (memory != NULL && pthread_attr_init(&attr) == 0) {
+    *late = (struct late){.worker = *worker, .length = length};
+    late->worker.pipe[0] = late->worker.pipe[1] = -1; /* that is the worker's */
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attr, LATE_STACK);
+    pthread_mutex_lock(&worker->fuse->late_mutex);
+    started = pthread_create(&thread, &attr, work_late, late) == 0;
+    if (started) worker->fuse->late++;
+    pthread_mutex_unlock(&worker->fuse->late_mutex);
+    pthread_attr_destroy(&attr);
+  }
+  if (started) {
+    worker->memory = memory;
+    worker->payload = memory + PAGE;
+    return;
+  }
+  if (memory != NULL) munmap(memory, MEMORY_SIZE);
+  free(late);
+  (void)serve(worker, length, true);
 }
 
 static void *work(void *argument) {
@@ -136,7 +197,7 @@ static void *work(void *argument) {
   for (;;) {
     ssize_t length = read(worker->fd, worker->payload - HEAD_SIZE, HEAD_SIZE + FUSE_IO_MAX);
     if (length > 0) {
-      serve(worker, (size_t)length);
+      if (serve(worker, (size_t)length, false)) serve_late(worker, (size_t)length);
     } else if (length == 0 || (errno != EINTR && errno != EAGAIN && errno != ENOENT)) {
       return NULL; /* ENODEV: the connection has ended. ENOENT: a request was taken back before we read it */
     }
@@ -148,10 +209,8 @@ static void *work(void *argument) {
 static int start_worker(tp_fuse *fuse, struct fuse_worker *worker, int fd) {
   worker->fuse = fuse;
   worker->fd = fd;
-  worker->memory = mmap(NULL, MEMORY_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
-  if (worker->memory == MAP_FAILED) return TP_ENOMEM;
-  (void)mlock(worker->memory, MEMORY_SIZE); /* without the right to lock as much, it is there all the same, most of the time */
-  (void)madvise(worker->memory, MEMORY_SIZE, MADV_DONTFORK); /* a fork would have it copied at the next write */
+  worker->memory = map_memory();
+  if (worker->memory == NULL) return TP_ENOMEM;
   worker->payload = worker->memory + PAGE;
   open_pipe(worker);
   if (pthread_create(&worker->thread, NULL, work, worker) == 0) return TP_OK;
@@ -177,6 +236,8 @@ int tp_fuse_start(tp_pool *pool, const int *fds, unsigned count, int resume, con
   *fuse = (tp_fuse){.pool = pool, .callbacks = *callbacks, .fd = fds[0], .uid = geteuid(), .gid = getegid(),
                     .chunk_size = info.chunk_size, .started_ns = fuse_now_ns()};
   fuse_nodes_init(&fuse->nodes);
+  pthread_mutex_init(&fuse->late_mutex, NULL);
+  pthread_cond_init(&fuse->late_done, NULL);
   /* Signals are for the program's own threads. */
   sigset_t all, before;
   sigfillset(&all);
@@ -202,6 +263,11 @@ int tp_fuse_stop(tp_fuse *fuse) {
     close_pipe(worker);
     munmap(worker->memory, MEMORY_SIZE);
   }
+  pthread_mutex_lock(&fuse->late_mutex);
+  while (fuse->late > 0) pthread_cond_wait(&fuse->late_done, &fuse->late_mutex);
+  pthread_mutex_unlock(&fuse->late_mutex);
+  pthread_mutex_destroy(&fuse->late_mutex);
+  pthread_cond_destroy(&fuse->late_done);
   fuse_nodes_clear(&fuse->nodes);
   free(fuse);
   return TP_OK;

@@ -55,6 +55,9 @@ struct tp_fuse {
   uint64_t chunk_size;
   int64_t started_ns;
   struct fuse_nodes nodes;
+  pthread_mutex_t late_mutex;
+  pthread_cond_t late_done;
+  unsigned late;           /* requests that wait for their layer's limits, in threads of their own */
   unsigned worker_count;
   struct fuse_worker workers[];
 };
@@ -67,6 +70,7 @@ struct fuse_request {
   const void *body;        /* what follows the header; the dispatcher has checked that it holds the operation's struct */
   size_t body_length;
   uint8_t *payload;        /* as in the worker */
+  bool may_wait;           /* for the layer's limits */
   const void *reply;       /* set by the operation; NULL: no more than a header */
   size_t reply_length;
   union {                  /* room for a short reply */
@@ -80,7 +84,8 @@ struct fuse_request {
   } out;
 };
 
-#define FUSE_NO_REPLY 1 /* an operation returns 0, a negative errno, or this */
+#define FUSE_NO_REPLY 1 /* an operation returns 0, a negative errno, or this, */
+#define FUSE_LATER 2    /* or this, having done nothing: it must wait, and may not here */
 
 struct fuse_operation {
   int (*run)(struct fuse_request *request);

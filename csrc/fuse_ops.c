@@ -18,7 +18,9 @@
 #define NS_PER_S 1000000000
 #define NAME_MAX_BYTES 1024u /* the kernel's FUSE_NAME_MAX; a layer's 255 bytes with each "/" as "%2F" */
 #define SPLICE_MIN (64u << 10)  /* bytes of a READ that is answered by reference */
-#define QUEUE_DEPTH 128u     /* requests in the background at once (direct I/O of a loop device is) */
+/* Requests in the background at once, of all layers together: direct I/O of a loop device is there, up to 128 each, and those that wait for
+ * their layer's limits must not fill it up. */
+#define QUEUE_DEPTH 1024u
 
 /* Newer than the protocol header of the oldest system this builds on; older kernels do not offer it. */
 #ifndef FUSE_DIRECT_IO_ALLOW_MMAP
@@ -250,6 +252,11 @@ static int op_open(struct fuse_request *request) {
   return answer(request, &request->out.open, sizeof request->out.open);
 }
 
+/* Whether the layer's limits let it begin here and now. */
+static bool may_begin(const struct fuse_request *request, const struct fuse_node *node, bool writing, uint64_t length) {
+  return request->may_wait || tp_limits_take(node->layer, writing, length, 0);
+}
+
 static int op_read(struct fuse_request *request) {
   struct fuse_read_in in = *(const struct fuse_read_in *)request->body;
   struct fuse_node *node;
@@ -259,12 +266,15 @@ static int op_read(struct fuse_request *request) {
   uint64_t size = tp_layer_size(node->layer);
   uint64_t left = in.offset < size ? size - in.offset : 0;
   if (length > left) length = left;
-  if (length >= SPLICE_MIN && fuse_splice(request, node->layer, length, in.offset)) {
+  bool begins = may_begin(request, node, false, length);
+  if (begins && length >= SPLICE_MIN && fuse_splice(request, node->layer, length, in.offset)) {
     fuse_node_put(node);
     return FUSE_NO_REPLY;
   }
-  int code = length > 0 ? tp_read(node->layer, request->payload, length, in.offset) : TP_OK;
+  int code = TP_OK;
+  if (begins && length > 0) code = (request->may_wait ? tp_read : tp_read_admitted)(node->layer, request->payload, length, in.offset);
   fuse_node_put(node);
+  if (!begins) return FUSE_LATER;
   if (code == TP_ERANGE) return answer(request, NULL, 0); /* made smaller meanwhile: the end of the file */
   return code < 0 ? fuse_errno(code) : answer(request, request->payload, length);
 }
@@ -277,7 +287,9 @@ static int write_layer(struct fuse_request *request, struct fuse_node *node) {
   uint64_t size = tp_layer_size(node->layer);
   if (in->offset >= size && length > 0) return -EFBIG;
   if (length > size - in->offset) length = size - in->offset;
-  int code = length > 0 ? tp_write(node->layer, in + 1, length, in->offset) : TP_OK;
+  if (!may_begin(request, node, true, length)) return FUSE_LATER;
+  int code = TP_OK;
+  if (length > 0) code = (request->may_wait ? tp_write : tp_write_admitted)(node->layer, in + 1, length, in->offset);
   if (code >= 0 && (in->flags & (O_SYNC | O_DSYNC))) code = tp_flush(request->fuse->pool);
   if (code < 0) return fuse_errno(code);
   atomic_store(&node->modified_ns, fuse_now_ns());

@@ -227,11 +227,16 @@ int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, in
   return rc;
 }
 
-int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
+int tp_read_admitted(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
   struct probe probe = metrics_begin(&layer->metrics, TP_READ, length);
   int rc = layer_read(layer, buf, length, offset);
   metrics_end(&probe, length, rc);
   return rc;
+}
+
+int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
+  if (layer->limits != NULL) limits_wait(layer, false, length);
+  return tp_read_admitted(layer, buf, length, offset);
 }
 
 int tp_readv(tp_layer *layer, const tp_vec *vecs, uint64_t count) {
@@ -350,11 +355,16 @@ int layer_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offs
   }
 }
 
-int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
   struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
   int rc = layer_write(layer, buf, length, offset);
   metrics_end(&probe, length, rc);
   return rc;
+}
+
+int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+  if (layer->limits != NULL) limits_wait(layer, true, length);
+  return tp_write_admitted(layer, buf, length, offset);
 }
 
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count) {

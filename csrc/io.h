@@ -19,6 +19,10 @@ void io_end(struct io *io);
 /* The leaf of a chunk from its slot, filled if need be (which makes the lock exclusive). *out NULL: a hole. */
 int io_find_leaf(struct io *io, uint64_t index, uint64_t offset, uint64_t length, bool writing, struct node **out);
 
+/* tp_read and tp_write without limits: what the core does of its own. */
+int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
+int layer_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
+
 /* Whole transfers to and from the data file. Writes go out in pieces of at most WRITE_MAX: what a larger one brings into
  * the page cache as one folio makes each later small write into it several times dearer; what smaller pieces bring
  * in makes large writes dearer (docs/DESIGN.md, "I/O to the data file"). */

@@ -19,6 +19,7 @@ static tp_layer *layer_alloc(tp_pool *pool, uint64_t id) {
   layer->rec.key = id;
   layer->pool = pool;
   layer->epoch = ++pool->next_epoch;
+  layer->quota_chunks = UINT64_MAX;
   pthread_rwlockattr_t attr;
   pthread_rwlockattr_init(&attr);
   /* Steady readers must not keep a snapshot waiting for ever. */
@@ -33,6 +34,7 @@ void layer_free(tp_layer *layer) {
   metrics_retire(&layer->pool->metrics, layer->metrics);
   metrics_free(layer->metrics);
   free(layer->slots);
+  free(layer->limits);
   pthread_rwlock_destroy(&layer->lock);
   free(layer);
 }
@@ -300,6 +302,7 @@ int tp_layer_delete(tp_layer *layer) {
   }
   pthread_mutex_unlock(&pool->mutex);
   pthread_rwlock_unlock(&layer->lock);
+  if (rc == TP_OK) limits_lift(layer);
   return rc;
 }
 

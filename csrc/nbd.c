@@ -140,6 +140,7 @@ static uint8_t *large_buffer(struct connection *c, size_t length) {
 static uint32_t protocol_error(int rc, bool writing) {
   switch (rc) {
     case TP_OK: return 0;
+    case TP_EQUOTA:
     case TP_ENOSPC: return NBD_ENOSPC;
     case TP_ERANGE: return writing ? NBD_ENOSPC : NBD_EINVAL;
     case TP_EINVAL: return NBD_EINVAL;

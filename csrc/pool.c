@@ -94,6 +94,8 @@ static void destroy(tp_pool *pool) {
   pthread_mutex_destroy(&pool->mutex);
   pthread_mutex_destroy(&pool->resizing);
   pthread_mutex_destroy(&pool->syncing);
+  pthread_mutex_destroy(&pool->limiting);
+  pthread_cond_destroy(&pool->limits_changed);
   free(pool);
 }
 
@@ -101,11 +103,13 @@ static void init_locks(tp_pool *pool) {
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_mutex_init(&pool->resizing, NULL);
   pthread_mutex_init(&pool->syncing, NULL);
+  pthread_mutex_init(&pool->limiting, NULL);
   pthread_cond_init(&pool->committed, NULL);
   pthread_condattr_t attr;
   pthread_condattr_init(&attr);
   pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
   pthread_cond_init(&pool->work, &attr);
+  pthread_cond_init(&pool->limits_changed, &attr);
   pthread_condattr_destroy(&attr);
 }
 
@@ -181,6 +185,7 @@ static void put_all(tp_layer **layers, size_t count) {
 
 void tp_pool_stop(tp_pool *pool) {
   size_t count;
+  tp_limits_end(pool);
   pthread_mutex_lock(&pool->mutex);
   pool->stopped = true;
   tp_layer **layers = all_layers(pool, &count);
@@ -206,6 +211,7 @@ static void free_dead(tp_pool *pool) {
 
 void tp_pool_close(tp_pool *pool) {
   size_t count;
+  tp_limits_end(pool);
   pthread_mutex_lock(&pool->mutex);
   bool was_closed = pool->closed;
   pool->closed = true; /* no new layer comes into memory from here on */

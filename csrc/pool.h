@@ -15,6 +15,7 @@
 
 #include "codec.h"
 #include "metrics.h"
+#include "throttle.h"
 #include "node.h"
 #include "space.h"
 
@@ -43,6 +44,8 @@ struct tp_layer {
   _Atomic uint64_t durable_size;
   uint64_t stored_size;  /* as in the record that was encoded last */
   uint64_t tail_chunk;   /* chunk + 1 that takes what lies behind the end meanwhile: no committed state names it */
+  _Atomic(struct limits *) limits; /* throttle.h; NULL: none was ever set */
+  _Atomic uint64_t quota_chunks;   /* UINT64_MAX: none */
   struct slot *slots;    /* SLOT_COUNT, or NULL while unused */
   _Atomic(struct layer_metrics *) metrics; /* NULL: no traffic since it was opened */
 };
@@ -79,6 +82,9 @@ struct tp_pool {
   size_t encoded;             /* how many of frozen tp_encode has done */
   struct bytes out, handed;   /* records encoded; given to the store */
   struct bytes fetched;
+  pthread_mutex_t limiting; /* of all layers' limits; taken with no other lock held */
+  pthread_cond_t limits_changed;
+  bool unlimited;           /* about to close */
   struct redo *redo; /* redo.h; NULL: none */
   bool noting;       /* changes are noted in it */
 

@@ -31,6 +31,7 @@ enum tp_error {
   TP_EINVAL = -11,
   TP_ENOENT = -12,    /* no such record or layer */
   TP_ECALLBACK = -13, /* the metadata store failed; its exception is kept by the caller */
+  TP_EQUOTA = -14,    /* the layer maps as much as it may */
 };
 
 /* Record kinds: one LMDB database each. Keys are 64-bit numbers, stored big-endian. docs/FORMAT.md. */
@@ -176,6 +177,21 @@ int tp_readv(tp_layer *layer, const tp_vec *vecs, uint64_t count);
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count);
 int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length); /* reads back as zeros; whole blocks are given back */
 int tp_flush(tp_pool *pool); /* all that was written before the call is durable when it returns */
+
+/* --- limits of one layer: reads and writes wait for their turn before anything else, so that others are not held up --- */
+typedef struct {
+  uint64_t rbps, wbps;   /* bytes read and written a second; 0: no limit. As io.max of Linux control groups has them */
+  uint64_t riops, wiops; /* operations a second */
+  uint64_t quota;        /* bytes of chunks that the map may name before a write that needs another is TP_EQUOTA; 0: no limit */
+} tp_limits;
+int tp_layer_set_limits(tp_layer *layer, const tp_limits *limits); /* who waits goes on at once */
+/* For callers that must not wait: 1 if the operation may begin now (and is paid for), and then goes by tp_*_admitted. now_ns: on the monotonic
+ * clock; 0: now. */
+int tp_limits_take(tp_layer *layer, int writing, uint64_t length, uint64_t now_ns);
+int tp_read_admitted(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
+int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
+uint64_t tp_limits_waiting(tp_layer *layer); /* how many wait */
+void tp_limits_end(tp_pool *pool);           /* nobody waits any more: the pool is about to close */
 
 /* --- what is where. Each fills up to capacity items from *cursor on, and moves *cursor to where to go on; a
  *     return of 0 items with *cursor at the end means done. Neighbours may have the same kind. --- */

@@ -38,6 +38,8 @@ static int choose(tp_layer *layer, uint64_t index, unsigned offset, unsigned len
       return TP_OK;
     }
   }
+  bool adds = t->entry == 0 || length < chunk_size(pool); /* what is written whole names one chunk less, or none more */
+  if (adds && layer->mapped_refs >= layer->quota_chunks) return tp_error_set(TP_EQUOTA);
   rc = space_take(pool, layer->next_chunk, &t->chunk, &t->dirty);
   if (rc == TP_OK) {
     t->fresh = true;
@@ -183,6 +185,8 @@ int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *bu
     pthread_mutex_unlock(&pool->mutex); /* somebody was quicker: *done is 0, and the caller looks again */
     return TP_OK;
   }
+  if (rc == TP_OK && layer->mapped_refs >= layer->quota_chunks) rc = tp_error_set(TP_EQUOTA);
+  if (rc == TP_OK) count = (unsigned)min_u64(count, layer->quota_chunks - layer->mapped_refs);
   if (rc == TP_OK) rc = space_take(pool, layer->next_chunk, &first, &dirty);
   while (rc == TP_OK && n < count && space_take_exactly(pool, first + n)) n++;
   pthread_mutex_unlock(&pool->mutex);

@@ -72,6 +72,8 @@ def schema(pool: thinpool.Pool, directory: Path) -> Any:
             for name in ("path", "directory", "destination", "source", "certificates", "keys"):
                 if isinstance(body.get(name), str) and body[name].startswith("/"):
                     body[name] = f"{directory}/files/" + body[name].replace("/", "_")
+            if isinstance(body.get("hook"), str):
+                body["hook"] = "true"
             if isinstance(body.get("address"), str):
                 body["address"] = f"unix:{directory}/files/" + body["address"].replace("/", "_")
             if isinstance(body.get("reference"), str):
@@ -84,7 +86,7 @@ def schema(pool: thinpool.Pool, directory: Path) -> Any:
 
 def operations() -> list[tuple[str, str]]:
     paths = application(None).openapi()["paths"]  # no route is asked
-    return [(path, method) for path, methods in paths.items() for method in methods]
+    return [(path, method) for path, methods in paths.items() for method in methods if path != "/v1/events"]  # which does not end
 
 
 @pytest.mark.parametrize(("path", "method"), operations())

@@ -15,12 +15,12 @@ CORE = ROOT / "csrc"
 # Modules and sub-packages by rank: each may import from its own sub-package, and from lower ranks.
 RANKS = {
     **dict.fromkeys(("errors", "_core", "_ext4", "metrics"), 0),
-    **dict.fromkeys(("units", "api", "faults"), 1),
+    **dict.fromkeys(("units", "api", "faults", "records", "closing"), 1),
     **dict.fromkeys(("engine", "catalog", "layerfile", "poolfiles"), 2),
     **dict.fromkeys(("metadata", "backups", "measuring"), 3),
     "commits": 4,
     "recovery": 4,
-    **dict.fromkeys(("layer", "digests"), 5),
+    **dict.fromkeys(("layer", "digests", "limits", "policy"), 5),
     "pool": 6,
     "sharing": 7,
     "exports": 8,
@@ -32,7 +32,21 @@ RANKS = {
     "containerd": 14,
     "cli": 15,
 }
-HEADER_RANKS = {"thinpool": 0, "common": 1, "nbd": 1, "codec": 2, "metrics": 2, "record": 2, "table": 3, "space": 4, "node": 4, "pool": 5, "map": 6, "io": 7}
+HEADER_RANKS = {
+    "thinpool": 0,
+    "common": 1,
+    "nbd": 1,
+    "throttle": 1,
+    "codec": 2,
+    "metrics": 2,
+    "record": 2,
+    "table": 3,
+    "space": 4,
+    "node": 4,
+    "pool": 5,
+    "map": 6,
+    "io": 7,
+}
 HEADER_RANKS |= {"redo": 8, "fuse": 8}
 FORBIDDEN_NAMES = re.compile(r"utils?|helpers?|manager|misc|common_utils", re.IGNORECASE)
 

@@ -43,6 +43,43 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a layer may do; 0: as much as it wants. ``rbps``, ``wbps``: bytes read and written a second; ``riops``, ``wiops``: reads and writes
+    a second; ``quota``: bytes that it may map (:attr:`Usage.mapped`)."""
+
+    rbps: int = 0
+    wbps: int = 0
+    riops: int = 0
+    wiops: int = 0
+    quota: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What happens as a pool fills up. ``low_water``: percent in use from which on the pool is said to be low (0: never); ``extend_at``: percent in use
+    from which on the capacity is raised (0: never), by ``extend_by`` percent of what it is, up to ``extend_max`` bytes (0: as far as the host's disk
+    goes); ``hook``: a command (no shell) that is run for each event, with it as JSON on its standard input."""
+
+    low_water: int = 80
+    extend_at: int = 0
+    extend_by: int = 20
+    extend_max: int = 0
+    hook: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something about a pool's space. ``kind``: ``normal``, ``low-water`` or ``full``, how it is from now on; ``extended`` or ``not-extended``, what came of
+    raising the capacity. ``time``: seconds since 1970; ``used`` and ``free``: bytes, as far as capacity and host go."""
+
+    kind: Literal["normal", "low-water", "full", "extended", "not-extended"]
+    time: float
+    capacity: int
+    used: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolUsage:
     """What a pool takes, in bytes (``layers`` is a count). ``capacity`` 0 means no limit; ``host`` is what the data
     file really takes on the host's disk; ``metadata`` is the used part of the metadata store."""
@@ -160,6 +197,8 @@ class LayerAPI(Protocol):
     @property
     def created(self) -> float: ...
     @property
+    def limits(self) -> Limits: ...
+    @property
     def parent(self) -> LayerAPI | None: ...
     @property
     def children(self) -> Sequence[LayerAPI]: ...
@@ -175,6 +214,7 @@ class LayerAPI(Protocol):
     def resize(self, size: Size, *, allow_shrink: bool = False) -> None: ...
     def rename(self, name: str) -> None: ...
     def set_labels(self, labels: Mapping[str, str]) -> None: ...
+    def set_limits(self, limits: Limits) -> None: ...
     def reset(self, to: str | None = None) -> None: ...
     def delete(self) -> None: ...
     def extents(self) -> Iterator[Extent]: ...
@@ -274,6 +314,9 @@ class PoolAPI(Protocol):
     def usage(self) -> PoolUsage: ...
     def metrics(self) -> PoolMetrics: ...
     def set_capacity(self, capacity: Size) -> None: ...
+    def policy(self) -> Policy: ...
+    def set_policy(self, policy: Policy) -> None: ...
+    def events(self) -> Iterator[Event]: ...
     def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> LayerAPI: ...
     def import_rootfs(
         self,

@@ -26,7 +26,7 @@ _KEY_BYTES_MAX = 511  # LMDB's
 @dataclass(slots=True)
 class LayerRecord:
     """What the pool knows of a layer besides its map. ``origin``: the name its parent had when it was made; ``digests``: what
-    its content is, by the kinds of :data:`DIGEST_KINDS`."""
+    its content is, by the kinds of :data:`DIGEST_KINDS`; ``limits``: those of :class:`~thinpool.api.Limits` that are not 0."""
 
     name: str
     parent: int | None
@@ -34,6 +34,7 @@ class LayerRecord:
     created: float
     labels: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The stored form (docs/FORMAT.md, "Layers")."""
@@ -97,6 +98,10 @@ class Catalog:
         """All ids, or those of layers that have the label; oldest first."""
         return sorted(layer_id for layer_id, record in self._records.items() if label is None or label in record.labels)
 
+    def limited(self) -> list[int]:
+        """The ids of layers that have limits."""
+        return [layer_id for layer_id, record in self._records.items() if record.limits]
+
     def names(self) -> list[tuple[int, str]]:
         """Id and name of each layer, oldest first."""
         return sorted((layer_id, record.name) for layer_id, record in self._records.items())
@@ -118,6 +123,10 @@ class Catalog:
 
     def set_labels(self, layer_id: int, labels: Mapping[str, str]) -> None:
         self._records[layer_id].labels = dict(labels)
+        self._changed[layer_id] = True
+
+    def set_limits(self, layer_id: int, limits: Mapping[str, int]) -> None:
+        self._records[layer_id].limits = dict(limits)
         self._changed[layer_id] = True
 
     def set_digests(self, layer_id: int, digests: Mapping[str, str]) -> None:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any, Protocol
 
 from .backups import BackupKeeper, Source
 from .catalog import Catalog
-from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, Record
-from .errors import PoolClosed, PoolFailed, ThinpoolError
+from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine
+from .errors import OutOfSpace, PoolClosed, PoolFailed, ThinpoolError
+from .records import Record
 
 _LOG = logging.getLogger("thinpool")
 COMMIT_INTERVAL_SECONDS = 1.0
@@ -94,6 +95,8 @@ class Committer:
         self._catalog = catalog
         self._lock = lock
         self._window_lock = threading.Lock()
+        self.look: Callable[[], None] = lambda: None
+        """Called when space may be running out: may raise the capacity."""
 
     def fetch(self, kind: int, key: int) -> bytes | None:
         """The committed value of one of the engine's records."""
@@ -124,13 +127,23 @@ class Committer:
 
     def extend_window(self) -> None:
         """Lets the engine hand out more clean chunks; one transaction of the store, no sync of the data."""
+        try:
+            self._extend_window()
+        except OutOfSpace:
+            self.look()
+            self._extend_window()
+        else:
+            self.look()
+
+    def _extend_window(self) -> None:
         with self._window_lock:
             self.store.put_window(self.engine.plan_window())
             self.engine.activate_window()
 
 
 class Housekeeper(threading.Thread):
-    """Commits each second, extends the window ahead of need, reclaims deleted maps, punches free chunks, and has metadata backups made."""
+    """Commits each second, extends the window ahead of need, reclaims deleted maps, punches free chunks; has metadata
+    backups made, and the space looked after."""
 
     def __init__(self, engine: Engine, committer: Committer) -> None:
         super().__init__(name="thinpool-housekeeper", daemon=True)
@@ -155,6 +168,7 @@ class Housekeeper(threading.Thread):
                     commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
                     if work & WORK_COMMIT:
                         self._engine.flush()
+                    self._committer.look()
             except PoolClosed:
                 return
             except PoolFailed as error:

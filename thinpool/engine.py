@@ -7,16 +7,16 @@ again only to fetch a record that is not in memory, and to run a commit.
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
 from . import errors
 from ._core import ffi, lib
-from .api import Buffer
+from .api import Buffer, Limits
 from .faults import FAULTS
+from .records import Record, parse_records
 
 _core = lib
 _ffi = ffi
@@ -32,12 +32,8 @@ WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 1
 """Bits of :meth:`Engine.wait_work`."""
 BLOCK_SIZE = 4096
 _WINDOW_KEY = 2
-_RECORD_HEAD = struct.Struct("<BBHI8s")
 _EXTENTS_PER_CALL = 1024
 NO_READER = 2**64 - 1
-
-Record = tuple[int, bytes, bytes | None]
-"""(kind, key, value); value ``None``: the record is deleted."""
 
 
 class Store(Protocol):
@@ -148,6 +144,10 @@ class Engine:
         out = _ffi.new("tp_pool **")
         self.check(_core.tp_pool_open(options, out))
         self.pointer = _ffi.gc(out[0], _core.tp_pool_put)
+
+    def end_limits(self) -> None:
+        """Nobody waits for a layer's limits any more."""
+        _core.tp_limits_end(self.pointer)
 
     def stop(self) -> None:
         """Drains I/O; no layer changes from now on. What is to be committed still is."""
@@ -285,7 +285,7 @@ class Engine:
             self.check(_core.tp_encode(self.pointer, records, length))
             if length[0] == 0:
                 return
-            yield from _parse(bytes(_ffi.buffer(records[0], length[0])))
+            yield from parse_records(bytes(_ffi.buffer(records[0], length[0])))
 
     def release(self, store_txn: int, oldest_reader: int) -> None:
         self.check(_core.tp_release(self.pointer, store_txn, oldest_reader))
@@ -298,7 +298,7 @@ class Engine:
         """The record to store so that more clean chunks may be handed out; then :meth:`activate_window`."""
         record, length = _ffi.new("uint8_t **"), _ffi.new("uint64_t *")
         self.check(_core.tp_window_plan(self.pointer, record, length))
-        return next(_parse(bytes(_ffi.buffer(record[0], length[0]))))
+        return next(parse_records(bytes(_ffi.buffer(record[0], length[0]))))
 
     def activate_window(self) -> None:
         self.check(_core.tp_window_activate(self.pointer))
@@ -339,15 +339,6 @@ class Engine:
     def revoke(self) -> None:
         """Before chunks are compared that entries were made to share: nobody overwrites them in place from now on."""
         self.check(_core.tp_revoke(self.pointer))
-
-
-def _parse(data: bytes) -> Iterator[Record]:
-    position = 0
-    while position < len(data):
-        kind, deleted, _, length, key = _RECORD_HEAD.unpack_from(data, position)
-        position += _RECORD_HEAD.size
-        yield kind, key, None if deleted else data[position : position + length]
-        position += length
 
 
 class EngineLayer:
@@ -424,6 +415,10 @@ class EngineLayer:
         out = _ffi.new("tp_layer **")
         self.engine.check(_core.tp_layer_branch(self.pointer, layer_id, size, sealed, out), self.id)
         return EngineLayer(self.engine, layer_id, out[0])
+
+    def set_limits(self, limits: Limits) -> None:
+        """From now on, and as long as this handle lives; who waits goes on at once."""
+        _core.tp_layer_set_limits(self.pointer, _ffi.new("tp_limits *", asdict(limits)))
 
     def seal(self) -> None:
         self.engine.check(_core.tp_layer_seal(self.pointer), self.id)

@@ -40,6 +40,7 @@ def _simple(kind: type[errors.ThinpoolError], message: str) -> Callable[[Any, st
 FAULTS: dict[str, Callable[[Any, str], errors.ThinpoolError]] = {
     "TP_EIO": _disk,
     "TP_ENOSPC": _space,
+    "TP_EQUOTA": _simple(errors.OutOfSpace, "the layer's quota is used up: raise it, or discard what is not needed"),
     "TP_ERANGE": _range,
     "TP_ESEALED": _simple(errors.LayerSealed, "a sealed layer never changes; clone it and write to the clone"),
     "TP_EDELETED": _simple(errors.LayerDeleted, "the layer was deleted"),

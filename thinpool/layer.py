@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .api import Attachment, Buffer, Extent, Progress, Size, Usage, Via
+from .api import Attachment, Buffer, Extent, Limits, Progress, Size, Usage, Via
 from .catalog import LayerRecord
 from .engine import EngineLayer
 from .errors import BadSize, LayerDeleted, LayerState
@@ -72,6 +72,11 @@ class Layer:
     def created(self) -> float:
         """Seconds since the epoch."""
         return self._record().created
+
+    @property
+    def limits(self) -> Limits:
+        """What it may do; see :meth:`set_limits`."""
+        return Limits(**self._record().limits)
 
     @property
     def origin(self) -> str | None:
@@ -168,6 +173,10 @@ class Layer:
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replaces all labels."""
         self._pool.set_labels(self, labels)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Replaces its limits, from now on, for all who read and write it. Layers made from it have none. Raises BadSize."""
+        self._pool.set_limits(self, limits)
 
     def reset(self, to: str | None = None) -> None:
         """Back to the parent's content, or to that of the layer named ``to`` (a snapshot of this one, say); O(1).

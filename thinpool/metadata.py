@@ -23,9 +23,10 @@ from typing import Any, Self
 import lmdb
 
 from . import engine as data_plane
-from .engine import NO_READER, Record, crc32c
+from .engine import NO_READER, crc32c
 from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy
 from .poolfiles import sync_directory
+from .records import Record
 
 FORMAT_VERSION = 1
 # Features that this version knows, by what a version that does not know one must do.

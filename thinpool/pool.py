@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 import time
 import warnings
@@ -19,31 +18,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
-from weakref import WeakSet, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, PoolUsage, Progress, Size, UsesAPI
 from .catalog import PARTIAL_LABEL, Catalog, LayerRecord
+from .closing import open_pools
 from .commits import Committer, Fingerprints, Housekeeper, drain
 from .digests import Digester
 from .engine import Engine, EngineLayer
 from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
 from .layer import Layer
+from .limits import enforce_limits, set_limits
 from .measuring import measure
 from .metadata import Metadata
+from .policy import Watch, events_of, policy_of, set_policy
 from .poolfiles import PoolFiles
 from .units import format_size, parse_size
 
 CHUNK_SIZE_MIN, CHUNK_SIZE_MAX = 4 << 10, 4 << 20
 LAYER_SIZE_MAX = 1 << 60
-_open_pools: WeakSet[Pool] = WeakSet()
-
-
-@atexit.register
-def _close_open_pools() -> None:
-    """The safety net: the core's threads must not call into an interpreter that is gone."""
-    for pool in list(_open_pools):
-        with suppress(ThinpoolError):
-            pool.close()
 
 
 class Pool:
@@ -85,15 +78,17 @@ class Pool:
         )
         self._committer.engine = self._engine
         self._housekeeper: Housekeeper | None = None
-        self._digester = Digester(self)
+        self._digester, self.watch, self.limited = Digester(self), Watch(self, files.free), dict[int, EngineLayer]()
         if redo >= 0:
             self._engine.redo(redo)
-        _open_pools.add(self)
+        open_pools.add(self)
         if not read_only:
             store.use_features()
             for layer_id in self._catalog.ids(PARTIAL_LABEL):  # imports that never ended
                 self.layer_by_id(layer_id).handle.delete()
                 self._catalog.remove(layer_id)
+            enforce_limits(self, self._catalog.limited())
+            self._committer.look = self.watch.look
             if background:
                 self._housekeeper = Housekeeper(self._engine, self._committer)
                 self._housekeeper.start()
@@ -156,12 +151,14 @@ class Pool:
             if self._closed:
                 return
             self._closed = True
+        self._engine.end_limits()
         try:
             if self._uses is not None:
                 self._uses.close()
             self._engine.stop()
             if self._housekeeper is not None:
                 self._housekeeper.join()
+            self.watch.close()
             if not self._read_only and not self._engine.info().failed:
                 self._engine.flush()
                 # All that was handed out is committed: the next opening need not take this for a crash.
@@ -236,6 +233,8 @@ class Pool:
             raise BadSize(f"a capacity of {capacity} holds not even one chunk of {format_size(self._chunk_size)}")
         self._store.set_capacity(capacity_bytes)
         self._engine.set_capacity(capacity_bytes)
+
+    policy, set_policy, events, set_limits = policy_of, set_policy, events_of, set_limits
 
     # --- layers ---
 
@@ -315,25 +314,25 @@ class Pool:
             self._catalog.require_free(name)
 
     @contextmanager
-    def _changing_record(self, layer: Layer) -> Iterator[None]:
+    def changing_record(self, layer: Layer) -> Iterator[Catalog]:
         self._require_writable()
         with self._lock:
             if self._catalog.get(layer.id) is None:
                 raise LayerDeleted("the layer was deleted")
-            yield
+            yield self._catalog
             self._engine.touch()
 
     def rename(self, layer: Layer, name: str) -> None:
-        with self._changing_record(layer):
+        with self.changing_record(layer):
             self._catalog.rename(layer.id, name)
 
     def set_labels(self, layer: Layer, labels: Mapping[str, str]) -> None:
-        with self._changing_record(layer):
+        with self.changing_record(layer):
             self._catalog.set_labels(layer.id, labels)
 
     def set_digests(self, layer: Layer, digests: Mapping[str, str]) -> None:
         """Adds to what names the layer by its content; ``digests`` by kind (:data:`thinpool.catalog.DIGEST_KINDS`)."""
-        with self._changing_record(layer):
+        with self.changing_record(layer):
             self._catalog.set_digests(layer.id, digests)
 
     def layers_with_digest(self, kind: str, digest: str) -> list[Layer]:
@@ -381,6 +380,7 @@ class Pool:
             layer.handle.delete()
             self._catalog.remove(layer.id)
             self._layers.pop(layer.id, None)
+            self.limited.pop(layer.id, None)
 
     def diff(self, from_layer: str | LayerAPI, to_layer: str | LayerAPI) -> Iterator[Extent]:
         """The ranges in which the two may differ; ``kind`` says what ``to_layer`` has there. Costs what differs."""

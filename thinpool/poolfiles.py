@@ -90,6 +90,11 @@ class PoolFiles:
         sync_directory(self.path)
         return kept
 
+    def free(self) -> int:
+        """Bytes that this process may still write to the host's disk."""
+        found = os.statvfs(self.path)
+        return (found.f_bavail if os.geteuid() else found.f_bfree) * found.f_frsize
+
     def lock(self, held: int = -1) -> None:
         """Makes this process the pool's writer; ``held``: by a lock that another process took, and gave to this one.
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import containers, devices, images, layers, listings, metadata, snapshots, top, transfer, trust
+from . import containers, devices, images, layers, listings, metadata, snapshots, space, top, transfer, trust
 from .exits import INTERRUPTED, USAGE, code_of, message_of
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "pack": metadata.pack,
         "rmap": metadata.rmap,
     },
+    "Space and speed": {"limit": space.limit, "policy": space.policy, "events": space.events},
     "Images": {
         "load": images.load,
         "pull": images.pull,

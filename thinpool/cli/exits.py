@@ -8,7 +8,7 @@ code  meaning
 2     used wrongly: an unknown option, a size, a name, an image's name or an address that cannot be
 3     not found: the pool, the layer, the image, the container, a file
 4     in the way: exists already, busy, needed by a container, sealed, the wrong kind of layer
-5     no space: the pool's capacity, or the host's disk
+5     no space: the pool's capacity, a layer's quota, or the host's disk
 6     damaged: a record, the data file, an unknown format, a failing disk
 7     needs root, or a permission
 125   ``run`` and ``container start`` only: the container could not be started (the command's status otherwise)

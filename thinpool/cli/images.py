@@ -180,6 +180,7 @@ def container_json(pool: PoolAPI, name: str) -> dict[str, Any]:
         "Command": list(container.command),
         "Config": pool.containers.configuration(name),
         "Usage": asdict(container.usage),
+        "Limits": asdict(pool.layer(container.layer).limits),
     }
 
 

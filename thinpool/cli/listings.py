@@ -28,8 +28,8 @@ def ls(
 ) -> None:
     """List the layers as a tree, with what each takes.
 
-    JSON: an array of id, name, size, sealed, created (seconds since 1970), labels, digests, parent (a name, or null), virtual,
-    mapped, exclusive, shared, used_by (an array).
+    JSON: an array of id, name, size, sealed, created (seconds since 1970), labels, digests, parent (a name, or null), limits,
+    virtual, mapped, exclusive, shared, used_by (an array).
     """
     from ..server.client import RemotePool
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..catalog import check_name
-from ..engine import MAP, NODE, STATE, Record
+from ..engine import MAP, NODE, STATE
 from ..errors import DamagedError, FormatError
 from ..metadata import DOCUMENT, Metadata, unframe
 from ..poolfiles import PoolFiles
+from ..records import Record
 from .check import read_tables
 from .nodes import LayerMap
 from .records import FANOUT, LEVELS_MAX, NodeReader, key_of, of_varints

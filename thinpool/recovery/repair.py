@@ -26,10 +26,11 @@ from typing import Any
 
 from ..api import Progress
 from ..catalog import LayerRecord
-from ..engine import CHUNK_PAGE, MAP, NODE, NODE_PAGE, STATE, SUMMARY, Record
+from ..engine import CHUNK_PAGE, MAP, NODE, NODE_PAGE, STATE, SUMMARY
 from ..errors import DamagedError
 from ..metadata import DOCUMENT, FORMAT_VERSION, KNOWN_READ_COMPATIBLE, Metadata, unframe
 from ..poolfiles import PoolFiles
+from ..records import Record
 from .check import MEMORY_BYTES, check, check_state
 from .nodes import LayerMap, NodeTable, lost_ranges
 from .records import FANOUT, PAGE_VALUES, NodeReader, References, key_of, make_page, new_page, of_varints, varints

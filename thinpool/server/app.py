@@ -18,7 +18,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from .. import errors
-from ..api import PoolAPI
+from ..pool import Pool
 from . import layer_routes, metrics, page, pool_routes, schema, verb_routes
 from .answers import failure, refusal
 from .state import Gate, LayerTable
@@ -101,7 +101,7 @@ async def _answer_no_route(_request: Request, error: Exception) -> Response:
     return refusal(error.status_code, "NoSuchRoute" if error.status_code in (404, 405) else "ValueError", str(error.detail), error.headers)
 
 
-def create_app(pool: PoolAPI, gate: Gate, tcp: TcpListeners) -> FastAPI:
+def create_app(pool: Pool, gate: Gate, tcp: TcpListeners) -> FastAPI:
     """The application that serves ``pool`` behind ``gate``; ``tcp``: where it can be asked to be served too."""
     app = FastAPI(
         title="thinpool",

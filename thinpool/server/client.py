@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from ..api import Attachment, Buffer, Extent, LayerAPI, PoolUsage, Progress, Size, Usage, Via
+from ..api import Attachment, Buffer, Event, Extent, LayerAPI, Limits, Policy, PoolUsage, Progress, Size, Usage, Via
 from ..metrics import PoolMetrics
 from .remote import RemoteContainers, RemoteImages, follow
 from .transport import Transport
@@ -103,6 +104,20 @@ class RemotePool:
     def set_capacity(self, capacity: Size) -> None:
         """Sets the most that chunks may take; 0 for no limit. Raises BadSize."""
         self._transport.json("POST", "/pool/capacity", {"capacity": capacity})
+
+    def policy(self) -> Policy:
+        """What happens as it fills up."""
+        return Policy(**self._transport.json("GET", "/pool/policy"))
+
+    def set_policy(self, policy: Policy) -> None:
+        """Sets what happens as it fills up. Raises BadSize."""
+        self._transport.json("POST", "/pool/policy", asdict(policy))
+
+    def events(self) -> Iterator[Event]:
+        """How its space is now, and then each event, until the server stops."""
+        for line in self._transport.lines("GET", "/events"):
+            if "event" in line:
+                yield Event(**line["event"])
 
     def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> RemoteLayer:
         """A writable layer with the content of a raw image file or block device. Raises LayerExists, ImportFailed."""
@@ -222,6 +237,11 @@ class RemoteLayer:
         return self._record().created
 
     @property
+    def limits(self) -> Limits:
+        """What it may do."""
+        return self._record().limits
+
+    @property
     def parent(self) -> RemoteLayer | None:
         """What it branched from."""
         parent_id = self._record().parent_id
@@ -290,6 +310,10 @@ class RemoteLayer:
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replaces its labels."""
         self._ask("POST", "labels", {"labels": _plain(labels)})
+
+    def set_limits(self, limits: Limits) -> None:
+        """Replaces its limits, from now on, for all who read and write it. Raises BadSize."""
+        self._ask("POST", "limits", asdict(limits))
 
     def reset(self, to: str | None = None) -> None:
         """Takes the content of the layer ``to``, or its parent's. Raises LayerSealed, LayerBusy, LayerState."""

@@ -101,7 +101,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter) or (counter % _CHECK_TICKS == 0 and self._is_done())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._gate.closed = True
+        self._gate.close()
         if not self.leaves:
             self._gate.stopping.set()
             if self._is_ours and self._reachable():

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from ..api import Attachment, Usage
 from .endpoints import call, change
 from .schema import BYTES, BYTES_BODY, OCTETS, failures, lines_of, operation_id
-from .state import BodyOf, Flag, GateOf, Labels, LayerOf, LayersOf, Name, Number, OptionalName, OptionalSize, Path, SizeField, ViaField
+from .state import BodyOf, Flag, GateOf, Labels, LayerOf, LayersOf, LimitsBody, Name, Number, OptionalName, OptionalSize, Path, SizeField, ViaField
 from .streams import extent_lines, work_lines
 from .wire import API, BODY_BYTES_MAX, LayerRecord, record_of
 
@@ -113,6 +113,13 @@ def rename(layer: LayerOf, name: Name) -> None:
 def set_labels(layer: LayerOf, labels: Labels) -> None:
     """Replaces its labels."""
     layer.set_labels(labels or {})
+
+
+@router.post("/limits")
+@change
+def set_limits(layer: LayerOf, limits: LimitsBody) -> None:
+    """Replaces its limits; 0 for none."""
+    layer.set_limits(limits)
 
 
 @router.post("/reset")

@@ -9,12 +9,12 @@ from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from ..api import Attachment, LayerAPI, PoolUsage
+from ..api import Attachment, LayerAPI, Policy, PoolUsage
 from ..metrics import PoolMetrics
 from .endpoints import call, change
-from .schema import failures, lines_of, operation_id
-from .state import Flag, GateOf, Labels, LayersOf, Name, NameOrId, OptionalPath, Path, PoolOf, SizeField, TcpOf
-from .streams import extent_lines, work_lines
+from .schema import EVENTS, failures, lines_of, operation_id
+from .state import Flag, GateOf, Labels, LayersOf, LocalPoolOf, Name, NameOrId, OptionalPath, Path, PolicyBody, PoolOf, SizeField, TcpOf
+from .streams import event_lines, extent_lines, work_lines
 from .tcp import listener_at
 from .wire import API, Greeting, LayerRecord, records_of
 
@@ -46,6 +46,26 @@ def metrics(pool: PoolOf) -> PoolMetrics:
 def set_capacity(pool: PoolOf, capacity: SizeField) -> None:
     """Sets the most that chunks may take."""
     pool.set_capacity(capacity)  # type: ignore[arg-type]  # a float is refused there, as in the library
+
+
+@router.get("/pool/policy")
+@call
+def policy(pool: PoolOf) -> Policy:
+    """What happens as it fills up."""
+    return pool.policy()
+
+
+@router.post("/pool/policy")
+@change
+def set_policy(pool: PoolOf, policy: PolicyBody) -> None:
+    """Sets what happens as it fills up."""
+    pool.set_policy(policy)
+
+
+@router.get("/events", response_class=Response, responses=EVENTS)
+async def events(gate: GateOf, pool: LocalPoolOf) -> Response:
+    """How its space is now, and then each event, as JSON lines, until either side goes away."""
+    return event_lines(gate, pool)
 
 
 @router.post("/pool/commit")

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter
 
+from ..api import Event
 from .wire import Json
 
 JSON_LINES, OCTETS = "application/jsonl", "application/octet-stream"
@@ -79,12 +80,16 @@ def lines_of(result: Any, item: str = "progress") -> Responses:
     if item == "items":
         triple = [{"type": "integer"}, {"type": "integer"}, {"enum": ["data", "hole"]}]
         items = {"type": "array", "items": {"type": "array", "prefixItems": triple, "minItems": 3, "maxItems": 3}}
-    kinds = {item: items, "result": _schema_of(result), "error": _component(ErrorDetail)}
-    line = {"oneOf": [{"type": "object", "properties": {name: kind}, "required": [name], "additionalProperties": False} for name, kind in kinds.items()]}
     description = f"JSON lines: any number of `{item}`, then one of `result` or `error`. A stream that ends without was cut off"
+    return _lines(description, **{item: items, "result": _schema_of(result), "error": _component(ErrorDetail)})
+
+
+def _lines(description: str, **kinds: Json) -> Responses:
+    line = {"oneOf": [{"type": "object", "properties": {name: kind}, "required": [name], "additionalProperties": False} for name, kind in kinds.items()]}
     return {200: {"description": description, "content": {JSON_LINES: {"itemSchema": line}}}}
 
 
+EVENTS = _lines("JSON lines: `event` each; the last is `result`, when the server stops", event=_component(Event), result={"type": "null"})
 BYTES_BODY: Json = {"requestBody": {"required": True, "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}}
 BYTES: Responses = {200: {"description": "The bytes", "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}}}}
 

@@ -6,18 +6,20 @@ Routes get at it by the annotated types at the end, which FastAPI fills.
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter
 
-from ..api import LayerAPI, PoolAPI, Via
+from ..api import LayerAPI, Limits, Policy, PoolAPI, Via
 from ..errors import LayerDeleted
+from ..pool import Pool
 from .tcp import TcpListeners
 from .wire import LayerRecord, record_of
 
@@ -30,6 +32,7 @@ class Gate:
         self.stopping = threading.Event()  # long work looks at it, and gives up
         self._running = 0
         self._last_seen = time.monotonic()
+        self._endings: set[Callable[[], None]] = set()
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself keeps only weak references
 
     @contextmanager
@@ -51,6 +54,21 @@ class Gate:
     async def _counted(self, work: Coroutine[Any, Any, None]) -> None:
         with self.at_work():
             await work
+
+    @contextmanager
+    def streaming(self, end: Callable[[], None]) -> Iterator[None]:
+        """For an answer that would go on for ever: ``end`` is called when it must not."""
+        self._endings.add(end)
+        try:
+            yield
+        finally:
+            self._endings.discard(end)
+
+    def close(self) -> None:
+        """Lets nobody in any more, and ends what would go on for ever."""
+        self.closed = True
+        for end in list(self._endings):
+            end()
 
     def idle_seconds(self) -> float:
         """How long nothing has run."""
@@ -115,6 +133,7 @@ async def _layer(request: Request, layer_id: int) -> Any:
 
 GateOf = Annotated[Gate, Depends(_gate)]
 PoolOf = Annotated[PoolAPI, Depends(_pool)]
+LocalPoolOf = Annotated[Pool, Depends(_pool)]
 TcpOf = Annotated[TcpListeners, Depends(_tcp)]
 LayersOf = Annotated[LayerTable, Depends(_table)]
 BodyOf = Annotated[bytes, Depends(_body)]
@@ -123,6 +142,16 @@ LayerOf = Annotated[LayerAPI, Depends(_layer)]
 # Strict: a number in quotes is none.
 SizeValue = Annotated[StrictInt | StrictFloat | StrictStr, Field(description="Bytes, or text like `10G`", examples=["10G", 1 << 20])]
 HostPath = Annotated[StrictStr, Field(description="An absolute path on the server's host", pattern="^/")]
+
+
+def _exactly(kind: type) -> BeforeValidator:
+    """Of a dataclass: takes an object whose values are of the fields' types."""
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    return BeforeValidator(lambda given: adapter.validate_json(json.dumps(given), strict=True))
+
+
+LimitsBody = Annotated[Limits, _exactly(Limits)]
+PolicyBody = Annotated[Policy, _exactly(Policy)]
 
 _field = Body(embed=True)
 Name = Annotated[StrictStr, _field]

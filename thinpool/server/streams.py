@@ -8,13 +8,15 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response, StreamingResponse
 
-from ..api import Extent, Progress
+from ..api import Event, Extent, Progress
 from ..errors import ThinpoolError
+from ..pool import Pool
 from .schema import JSON_LINES
 from .state import Gate
 from .wire import Json, encode_error, encode_extents
@@ -94,6 +96,23 @@ async def work_lines(gate: Gate, work: Callable[[Progress], Any]) -> Response:
     if isinstance(first, Exception):
         raise first
     return StreamingResponse(lines(first), media_type=JSON_LINES)
+
+
+def event_lines(gate: Gate, pool: Pool) -> Response:
+    """Streams events until the server stops or the client goes away."""
+    loop = asyncio.get_running_loop()
+    waiting: asyncio.Queue[Event | None] = asyncio.Queue()
+
+    def tell(event: Event | None) -> None:
+        loop.call_soon_threadsafe(waiting.put_nowait, event)
+
+    async def lines() -> AsyncIterator[str]:
+        with pool.watch.telling(tell), gate.streaming(lambda: waiting.put_nowait(None)):
+            while (event := await waiting.get()) is not None:
+                yield _line({"event": asdict(event)})
+            yield _line({"result": None})
+
+    return StreamingResponse(lines(), media_type=JSON_LINES)
 
 
 def _line(value: Json) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import builtins
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import IO, Any, TypeVar
 
 from .. import errors
-from ..api import Extent, LayerAPI, PoolAPI, Usage
+from ..api import Extent, LayerAPI, Limits, PoolAPI, Usage
 
 SOCKET_NAME = "server.sock"
 LOG_NAME = "server.log"
@@ -48,6 +48,7 @@ class LayerRecord:
     digests: Mapping[str, str]
     parent_id: int | None
     parent: str | None
+    limits: Limits = field(default_factory=Limits)
     usage: Usage | None = None
 
     def to_json(self) -> Json:
@@ -57,8 +58,8 @@ class LayerRecord:
     @classmethod
     def from_json(cls, data: Json) -> LayerRecord:
         """The record that :meth:`to_json` wrote."""
-        usage = data.pop("usage")
-        return cls(**data, usage=None if usage is None else Usage(**usage))
+        usage, limits = data.pop("usage"), Limits(**data.pop("limits"))
+        return cls(**data, limits=limits, usage=None if usage is None else Usage(**usage))
 
 
 def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
@@ -74,6 +75,7 @@ def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
         digests=dict(layer.digests),
         parent_id=None if parent is None else parent.id,
         parent=None if parent is None else parent.name,
+        limits=layer.limits,
         usage=layer.usage() if with_usage else None,
     )
 

@@ -11,6 +11,7 @@ import typer
 from ..api import PoolAPI
 from ..api import Via as ViaName
 from ..errors import LayerState
+from ..server.wire import LogFormat
 from . import options, service
 from .options import attached, opened, pool_path
 from .show import print_json
@@ -76,6 +77,7 @@ def serve(
     tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="For NBD, pre-shared keys: lines user:hex.", show_default=False)] = None,
     tls_verify_peer: Annotated[bool, typer.Option("--tls-verify-peer", help="Only clients with a certificate of ca-cert.pem.")] = False,
     containerd: Annotated[Path | None, typer.Option(metavar="SOCKET", help="Be containerd's snapshotter too.", show_default=False)] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="How it logs: lines for people, or a JSON object a line.")] = "text",
     pool: options.Pool = None,
 ) -> None:
     """Start the pool's server; it stops when nothing is attached or served by NBD or TCP and nobody connected.
@@ -102,7 +104,7 @@ def serve(
         from ..server.client import RemotePool
         from ..server.connect import connect, take_over
 
-        with closing(take_over(path) if takeover else connect(path, server=True)) as remote:
+        with closing(take_over(path, log_format) if takeover else connect(path, server=True, log_format=log_format)) as remote:
             listen(remote)
             assert isinstance(remote, RemotePool)
             for address in http or ():
@@ -111,10 +113,11 @@ def serve(
     import logging
 
     from ..server.daemon import serve as serve_pool
+    from ..server.logs import log_to
     from ..server.survival import kept_pool
     from ..server.tcp import listener_at
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    log_to(logging.StreamHandler(), log_format)
     listener = service.listener()
     with kept_pool(path, takeover=takeover) as (opened_pool, keeper):
         listen(opened_pool)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import PoolBusy, PoolNotFound, ServerError
-from .wire import LOG_NAME, SOCKET_NAME, decode_error
+from .wire import LOG_NAME, SOCKET_NAME, LogFormat, decode_error
 
 if TYPE_CHECKING:  # loaded when there is a server, or none: a command should not wait for both
     from ..pool import Pool
@@ -28,17 +28,17 @@ if TYPE_CHECKING:  # loaded when there is a server, or none: a command should no
 BUSY_SECONDS = 10.0  # how long one process may hold the pool before we give up on it
 
 
-def connect(path: str | Path, *, server: bool = False) -> Pool | RemotePool:
+def connect(path: str | Path, *, server: bool = False, log_format: LogFormat = "text") -> Pool | RemotePool:
     """The pool in ``path``: through its server when one runs, else opened in this process.
 
-    ``server`` starts one in the background first, so that attachments outlive this process. Raises PoolNotFound; PoolBusy
+    ``server`` starts one in the background first, so that attachments outlive this process; ``log_format``: how that one logs. Raises PoolNotFound; PoolBusy
     when another process that is no server keeps the pool to itself.
     """
     path = Path(path)
     holder, patience_ends = 0, time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            return _connect_once(path, server=server)
+            return _connect_once(path, server=server, log_format=log_format)
         except PoolBusy as busy:
             now = time.monotonic()
             if busy.pid != holder:
@@ -49,7 +49,7 @@ def connect(path: str | Path, *, server: bool = False) -> Pool | RemotePool:
         time.sleep(random.uniform(0.01, 0.05))
 
 
-def _connect_once(path: Path, *, server: bool) -> Pool | RemotePool:
+def _connect_once(path: Path, *, server: bool, log_format: LogFormat) -> Pool | RemotePool:
     remote = _find_server(path)
     if remote is not None:
         return remote
@@ -60,7 +60,7 @@ def _connect_once(path: Path, *, server: bool) -> Pool | RemotePool:
     with _start_lock(path):
         remote = _find_server(path)
         if remote is None:
-            _start(path)
+            _start(path, log_format)
             remote = _find_server(path)
     if remote is None:
         raise PoolBusy(f"the server of {path} stopped as it started: try again")
@@ -95,20 +95,20 @@ def _start_lock(path: Path) -> Iterator[None]:
         os.close(directory_fd)
 
 
-def take_over(path: Path) -> RemotePool:
+def take_over(path: Path, log_format: LogFormat = "text") -> RemotePool:
     """Starts a server in place of the one that runs, or where none runs, and gives the pool through it. What is attached and mounted stays so.
 
     Raises what the new server failed with; the old one is then as it was, or its keeper starts another.
     """
     with _start_lock(path):
-        _start(path, takeover=True)
+        _start(path, log_format, takeover=True)
         remote = _find_server(path)
     if remote is None:
         raise ServerError(f"the server of {path} stopped as it started: see {path / LOG_NAME}")
     return remote
 
 
-def _start(path: Path, *, takeover: bool = False) -> None:
+def _start(path: Path, log_format: LogFormat, *, takeover: bool = False) -> None:
     """Starts the server and waits until its socket accepts. Raises what it failed with."""
     import subprocess
 
@@ -116,7 +116,7 @@ def _start(path: Path, *, takeover: bool = False) -> None:
 
     ready_fd, child_fd = os.pipe()
     with os.fdopen(ready_fd) as ready:
-        words = command(path, child_fd, takeover=takeover)
+        words = command(path, child_fd, takeover=takeover, log_format=log_format)
         try:
             # Its standard error is ours until it has the pool and with it a log.
             starting = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True)

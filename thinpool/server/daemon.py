@@ -92,7 +92,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         for listener in (*self._tcp.kept(), *self._tcp_at_first):
             await self._tcp.serve(listener)
-        _log.info("serving %s", self._pool.path)
+        _log.info("serving %s", self._pool.path, extra={"event": "serving", "fields": {"pool": str(self._pool.path)}})
         if self._on_ready is not None:
             self._on_ready()
         self._keeper.survive(self._restart, self._leave)
@@ -162,6 +162,6 @@ def serve(
     server = _Server(pool, keeper, stays=stays, restart=restart, listener=listener, tcp=tcp)
     server.run_until_done(on_ready)
     if server.leaves:
-        _log.info("leaving it to the next server")
+        _log.info("leaving it to the next server", extra={"event": "leaving"})
         leave(pool)
-    _log.info("stopping")
+    _log.info("stopping", extra={"event": "stopping"})

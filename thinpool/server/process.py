@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import IO
 
 from ..errors import ServerError, ThinpoolError
+from .logs import LogFile, log_to
 from .survival import kept_pool
-from .wire import LOG_NAME, encode_error, tell
+from .wire import LOG_NAME, LogFormat, encode_error, tell
 
 _log = logging.getLogger("thinpool.server")
-_LOG_BYTES = 1 << 20  # a longer log is begun anew
 
 # Without the current directory on its path, where anybody may have put a module of some name; with this package on it.
 _PROGRAM = """import sys
 sys.path.append(sys.argv[1])
 from thinpool.server.process import main
-main(sys.argv[2], int(sys.argv[3]), bool(int(sys.argv[4])))
+main(sys.argv[2], int(sys.argv[3]), bool(int(sys.argv[4])), sys.argv[5])
 """
 
 
-def command(path: Path, ready_fd: int = -1, *, takeover: bool = False) -> list[str]:
+def command(path: Path, ready_fd: int = -1, *, takeover: bool = False, log_format: LogFormat = "text") -> list[str]:
     """What starts it; ``ready_fd`` as in :func:`main`, which the process must inherit."""
     home = Path(__file__).parents[2]
-    return [sys.executable, "-P", "-c", _PROGRAM, str(home), os.path.abspath(path), str(ready_fd), str(int(takeover))]
+    return [sys.executable, "-P", "-c", _PROGRAM, str(home), os.path.abspath(path), str(ready_fd), str(int(takeover)), log_format]
 
 
-def main(directory: str, ready_fd: int, takeover: bool) -> None:
+def main(directory: str, ready_fd: int, takeover: bool, log_format: LogFormat) -> None:
     """Serves the pool in ``directory`` and reports to the starter, through ``ready_fd``, how the start went; -1: it is a successor, and nobody waits.
 
     ``takeover``: in place of the server that runs.
@@ -47,9 +47,9 @@ def main(directory: str, ready_fd: int, takeover: bool) -> None:
         os.set_inheritable(ready_fd, False)
         on_ready = os.fdopen(ready_fd, "w")
     else:
-        _log_to(path / LOG_NAME)
+        log_to(LogFile(path / LOG_NAME), log_format)
     try:
-        _serve(path, on_ready, takeover=takeover)
+        _serve(path, on_ready, takeover=takeover, log_format=log_format)
     except Exception as error:
         if on_ready is None or on_ready.closed or not isinstance(error, ThinpoolError):
             _log.exception("failed")
@@ -59,16 +59,16 @@ def main(directory: str, ready_fd: int, takeover: bool) -> None:
     _log.info("stopped")
 
 
-def _serve(path: Path, on_ready: IO[str] | None, *, takeover: bool) -> None:
+def _serve(path: Path, on_ready: IO[str] | None, *, takeover: bool, log_format: LogFormat) -> None:
     if takeover:
         _load()  # before the other leaves
     with kept_pool(path, takeover=takeover) as (pool, keeper):
         if on_ready is not None:
-            _log_to(path / LOG_NAME)
+            log_to(LogFile(path / LOG_NAME), log_format)
         os.chdir("/")
         tell_starter = None if on_ready is None else partial(tell, on_ready, {"ready": os.getpid()})
         serve = _load()
-        serve(pool, keeper, stays=False, restart=command(pool.path), on_ready=tell_starter)
+        serve(pool, keeper, stays=False, restart=command(pool.path, log_format=log_format), on_ready=tell_starter)
 
 
 def _load() -> Callable[..., None]:
@@ -78,14 +78,3 @@ def _load() -> Callable[..., None]:
     except ImportError as error:
         raise ServerError(f"the pool's server needs {error.name}: pip install 'thinpool[server]'") from error
     return serve
-
-
-def _log_to(path: Path) -> None:
-    """Sends all output to the pool's log."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    if os.fstat(fd).st_size > _LOG_BYTES:
-        os.ftruncate(fd, 0)
-    os.dup2(fd, sys.stdout.fileno())
-    os.dup2(fd, sys.stderr.fileno())
-    os.close(fd)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s [%(process)d] %(message)s")

@@ -11,7 +11,7 @@ import builtins
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from .. import errors
 from ..api import Extent, LayerAPI, Limits, PoolAPI, Usage
@@ -19,6 +19,7 @@ from ..api import Extent, LayerAPI, Limits, PoolAPI, Usage
 SOCKET_NAME = "server.sock"
 LOG_NAME = "server.log"
 TOKEN_NAME = "token"
+LogFormat = Literal["text", "json"]
 API = "/v1"
 BODY_BYTES_MAX = 64 << 20  # of one request, and of what one reads
 

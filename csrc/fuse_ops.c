@@ -267,7 +267,8 @@ static int op_read(struct fuse_request *request) {
   uint64_t left = in.offset < size ? size - in.offset : 0;
   if (length > left) length = left;
   bool begins = may_begin(request, node, false, length);
-  if (begins && length >= SPLICE_MIN && fuse_splice(request, node->layer, length, in.offset)) {
+  /* One that may wait has a thread of its own, but not a pipe. */
+  if (begins && !request->may_wait && length >= SPLICE_MIN && fuse_splice(request, node->layer, length, in.offset)) {
     fuse_node_put(node);
     return FUSE_NO_REPLY;
   }

@@ -80,15 +80,19 @@ int tp_encode(tp_pool *pool, const uint8_t **records, uint64_t *length) {
   return TP_OK;
 }
 
+/* The host tells of a failure once: whoever waits here for a sync that fails must not try again, and find that all is well. */
 int tp_sync(tp_pool *pool) {
-  int result = 0;
   pthread_mutex_lock(&pool->syncing);
-  if (atomic_exchange(&pool->unsynced, false)) {
-    result = pool->disk.sync(pool->disk.ctx);
-    if (result < 0) pool->unsynced = true;
+  int rc = pool->failed ? tp_error_set(TP_EFAILED) : TP_OK;
+  if (rc == TP_OK && atomic_exchange(&pool->unsynced, false)) {
+    int result = pool->disk.sync(pool->disk.ctx);
+    if (result < 0) {
+      rc = tp_error_os(result);
+      tp_fail(pool, rc);
+    }
   }
   pthread_mutex_unlock(&pool->syncing);
-  return result < 0 ? tp_error_os(result) : TP_OK;
+  return rc;
 }
 
 static void release_record(struct record *record, unsigned parity) {

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import invariants
 import pytest
+from commandline import wait_until
 from crashworld import GARBAGE, World
 
 from thinpool.digests import make_one
@@ -352,6 +354,50 @@ def test_a_failed_sync_is_final(tmp_path: Path) -> None:
         pool.commit()
     assert layer.pread(1, 0) == b"x"
     pool.engine.close()
+
+
+def test_who_waits_for_a_sync_that_fails_is_told(tmp_path: Path) -> None:
+    """The host's second answer would be that all is well."""
+    world = World(tmp_path, 16384, random.Random(1))
+    armed, syncing, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def fail_once(_: object) -> int:
+        if not armed.is_set() or syncing.is_set():
+            return 0
+        syncing.set()
+        go_on.wait(30)
+        return -5
+
+    failing = world.disk.operations.sync = _ffi.callback("int(void *)", fail_once)
+    pool = world.open()
+    layer = pool.create_layer("a", 1 << 20)
+    for _ in range(2):  # the second time in place: what follows has nothing to commit, only to sync
+        layer.pwrite(b"x" * 4096, 0)
+        pool.commit()
+    layer.pwrite(b"y" * 4096, 0)
+    armed.set()
+    flushed: list[bool] = []
+
+    def flush() -> None:
+        try:
+            layer.flush()
+            flushed.append(True)
+        except ThinpoolError:
+            flushed.append(False)
+
+    threads = [threading.Thread(target=flush) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert syncing.wait(30)
+    for thread in threads:  # all in the core now, where they wait
+        stat = Path(f"/proc/self/task/{thread.native_id}/stat")
+        wait_until(lambda stat=stat: stat.read_text().rpartition(")")[2].split()[0] == "S")
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert flushed == [False] * 4
+    pool.engine.close()
+    del failing
 
 
 def test_a_lost_growth_leaves_nothing_behind_the_end(tmp_path: Path) -> None:

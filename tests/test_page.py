@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import uvicorn
+from asgi import application
 from commandline import make_rootfs
 from conftest import needs_root, needs_tool
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from test_server_same import open_pool
 
 import thinpool
-from thinpool.server.app import create_app
-from thinpool.server.state import Gate
+from thinpool.server.tcp import Guard
 from thinpool.server.transport import _Connection
 
 pytestmark = needs_tool("chromium")
@@ -31,18 +31,9 @@ HOSTILE = "</td><script>document.title = 'taken'</script><img src=x onerror=\"do
 expect.set_options(timeout=30_000)
 
 
-class Guarded:
-    """The application behind a token, all but the page itself."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/" or dict(scope["headers"]).get(b"authorization") == f"Bearer {TOKEN}".encode():
-            await self._app(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 401, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+def guarded(app: Any) -> Guard:
+    """The application behind a token, all but the page itself, as it is served over TCP."""
+    return Guard(app, TOKEN, has_tls=False)
 
 
 @contextmanager
@@ -51,7 +42,7 @@ def serving(pool: thinpool.Pool, wrap: Callable[[Any], Any] = lambda app: app) -
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(uvicorn.Config(wrap(create_app(pool, Gate())), lifespan="off", log_level="error", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(wrap(application(pool)), lifespan="off", log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -292,7 +283,7 @@ def test_whatever_the_pool_says_is_text(filled: thinpool.Pool, page: Page) -> No
 
 
 def test_the_token_comes_with_the_address_and_leaves_it(filled: thinpool.Pool, page: Page) -> None:
-    with serving(filled, Guarded) as address:
+    with serving(filled, guarded) as address:
         page.goto(f"{address}#token={TOKEN.replace(' ', '%20')}")
         expect(page.locator("#layers tbody tr")).to_have_count(5)
         assert page.url == address
@@ -302,7 +293,7 @@ def test_the_token_comes_with_the_address_and_leaves_it(filled: thinpool.Pool, p
 
 
 def test_the_token_is_asked_for(filled: thinpool.Pool, page: Page) -> None:
-    with serving(filled, Guarded) as address:
+    with serving(filled, guarded) as address:
         page.goto(address)
         page.locator("#dialog [name=token]").fill("a wrong one")
         submit(page)

@@ -70,7 +70,7 @@ def test_layers_are_made_and_changed(command: Command) -> None:
 
 
 @pytest.mark.parametrize("with_server", [False, True])
-@pytest.mark.parametrize("words", ["rm disk", "resize disk 1M --shrink", "reset disk --to empty"])
+@pytest.mark.parametrize("words", ["rm disk --keep 0", "resize disk 1M --shrink", "reset disk --to empty"])
 def test_the_host_has_the_space_back_when_a_verb_returns(command: Command, words: str, with_server: bool) -> None:
     (command.directory / "disk.img").write_bytes(random.Random(5).randbytes(24 * MIB))
     command("import", "disk.img")
@@ -126,9 +126,9 @@ def test_ls_of_a_long_chain(command: Command) -> None:
 def test_df(command: Command) -> None:
     command("create", "a", "1M")
     usage = command.json("df")
-    assert set(usage) == {"capacity", "allocated", "host", "metadata", "layers"}
+    assert set(usage) == {"capacity", "allocated", "host", "metadata", "layers", "reclaimable"}
     assert (usage["capacity"], usage["allocated"], usage["layers"]) == (0, 0, 1)
-    assert command("df").splitlines()[0].split() == ["CAPACITY", "ALLOCATED", "ON", "HOST", "METADATA", "LAYERS"]
+    assert command("df").splitlines()[0].split() == ["CAPACITY", "ALLOCATED", "RECLAIMABLE", "ON", "HOST", "METADATA", "LAYERS"]
 
 
 def test_map_and_diff(command: Command) -> None:

@@ -82,13 +82,14 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
     """What a pool takes, in bytes (``layers`` is a count). ``capacity`` 0 means no limit; ``host`` is what the data
-    file really takes on the host's disk; ``metadata`` is the used part of the metadata store."""
+    file really takes on the host's disk; ``metadata`` is the used part of the metadata store; ``reclaimable`` is what the trash takes."""
 
     capacity: int
     allocated: int
     host: int
     metadata: int
     layers: int
+    reclaimable: int = 0
 
 
 @dataclass(frozen=True, slots=True)

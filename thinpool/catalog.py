@@ -8,6 +8,7 @@ by whoever calls.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ DIGEST_KINDS = ("diff", "chain", "content")
 """What names a sealed layer by its content: an image layer's OCI DiffID and ChainID, and the Merkle digest of its blocks."""
 PARTIAL_LABEL = "thinpool.partial"
 """On layers that an import is still filling; found at the next opening, they are deleted."""
+TRASH_LABEL = "thinpool.trash"
+"""On layers in the trash: when they go for good, in seconds since 1970."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}")
 _KEY_BYTES_MAX = 511  # LMDB's
 
@@ -46,6 +49,14 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise BadName(f"not a layer name: {name!r} (up to 255 of A-Z a-z 0-9 . _ : / @ + -, beginning with a letter or digit)")
     return name
+
+
+def _time(text: str) -> float:
+    """A time in a label; what is none has not come yet."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
 
 
 class Catalog:
@@ -101,6 +112,10 @@ class Catalog:
     def limited(self) -> list[int]:
         """The ids of layers that have limits."""
         return [layer_id for layer_id, record in self._records.items() if record.limits]
+
+    def trash(self, now: float = math.inf) -> list[int]:
+        """The ids of layers in the trash, or those whose time is up."""
+        return [layer_id for layer_id in self.ids(TRASH_LABEL) if _time(self._records[layer_id].labels[TRASH_LABEL]) <= now]
 
     def names(self) -> list[tuple[int, str]]:
         """Id and name of each layer, oldest first."""

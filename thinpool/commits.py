@@ -13,14 +13,16 @@ A failure on the way puts the engine into error mode: what the kernel has droppe
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Protocol
 
 from .backups import BackupKeeper, Source
-from .catalog import Catalog
-from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine
+from .catalog import PARTIAL_LABEL, Catalog
+from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, EngineLayer
 from .errors import OutOfSpace, PoolClosed, PoolFailed, ThinpoolError
 from .records import Record
 
@@ -28,6 +30,8 @@ _LOG = logging.getLogger("thinpool")
 COMMIT_INTERVAL_SECONDS = 1.0
 _RECLAIM_STEP = 1 << 14  # entries, walked a node at a time
 _PUNCH_STEP_BYTES = 16 << 20
+_TRASH_INTERVAL_SECONDS = 60.0
+_SHORT_CHUNKS, _SHORT_BYTES = 256, 64 << 20  # with less than that left, the trash is emptied
 
 
 class RecordStore(Source, Protocol):
@@ -97,6 +101,7 @@ class Committer:
         self._window_lock = threading.Lock()
         self.look: Callable[[], None] = lambda: None
         """Called when space may be running out: may raise the capacity."""
+        self.users: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a layer; whoever knows sets it
 
     def fetch(self, kind: int, key: int) -> bytes | None:
         """The committed value of one of the engine's records."""
@@ -127,6 +132,8 @@ class Committer:
 
     def extend_window(self) -> None:
         """Lets the engine hand out more clean chunks; one transaction of the store, no sync of the data."""
+        if self._catalog.trash() and self._is_short():
+            self.empty_trash()
         try:
             self._extend_window()
         except OutOfSpace:
@@ -140,10 +147,43 @@ class Committer:
             self.store.put_window(self.engine.plan_window())
             self.engine.activate_window()
 
+    def _is_short(self) -> bool:
+        """Whether hardly any space is left, of the pool's capacity or of the host's disk."""
+        info = self.engine.info()
+        left = info.capacity_chunks - info.allocated_chunks
+        few = info.capacity_chunks > 0 and left <= min(info.capacity_chunks // 16, _SHORT_CHUNKS)
+        return few or shutil.disk_usage(self.store.path).free < _SHORT_BYTES
+
+    # --- layers that go by themselves ---
+
+    def remove_leftovers(self) -> None:
+        """When a pool is opened: imports that never ended go, and what has been in the trash for long enough."""
+        with self._lock:
+            for layer_id in self._catalog.ids(PARTIAL_LABEL):
+                self._delete(self.engine.layer(layer_id))
+        self.empty_trash(time())
+
+    def empty_trash(self, now: float = math.inf) -> None:
+        """Deletes what is in the trash, or what is to go by then; what is in use stays."""
+        with self._lock:
+            for layer in map(self.engine.layer, self._catalog.trash(now)):
+                if not self.users(layer):
+                    self._delete(layer)
+
+    def trash_figures(self) -> tuple[int, int]:
+        """How many layers are in the trash, and how many chunks emptying it would free."""
+        with self._lock:
+            trash = [self.engine.layer(layer_id) for layer_id in self._catalog.trash()]
+        return len(trash), self.engine.exclusive_chunks(trash) if trash else 0
+
+    def _delete(self, layer: EngineLayer) -> None:
+        layer.delete()
+        self._catalog.remove(layer.id)
+
 
 class Housekeeper(threading.Thread):
     """Commits each second, extends the window ahead of need, reclaims deleted maps, punches free chunks; has metadata
-    backups made, and the space looked after."""
+    backups made, the space looked after, and the trash emptied."""
 
     def __init__(self, engine: Engine, committer: Committer) -> None:
         super().__init__(name="thinpool-housekeeper", daemon=True)
@@ -159,11 +199,15 @@ class Housekeeper(threading.Thread):
 
     def _keep_house(self) -> None:
         commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
+        trash_at = monotonic() + _TRASH_INTERVAL_SECONDS
         punching = False
         while True:
             try:
                 work = self._engine.wait_work(0 if punching else max(0.0, commit_at - monotonic()))
                 punching = self._step(work)
+                if monotonic() >= trash_at:
+                    trash_at = monotonic() + _TRASH_INTERVAL_SECONDS
+                    self._committer.empty_trash(time())
                 if work & WORK_OVERDUE or monotonic() >= commit_at:
                     commit_at = monotonic() + COMMIT_INTERVAL_SECONDS
                     if work & WORK_COMMIT:

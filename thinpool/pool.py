@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
 from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, PoolUsage, Progress, Size, UsesAPI
-from .catalog import PARTIAL_LABEL, Catalog, LayerRecord
+from .catalog import PARTIAL_LABEL, TRASH_LABEL, Catalog, LayerRecord
 from .closing import open_pools
 from .commits import Committer, Fingerprints, Housekeeper, drain
 from .digests import Digester
@@ -84,9 +84,7 @@ class Pool:
         open_pools.add(self)
         if not read_only:
             store.use_features()
-            for layer_id in self._catalog.ids(PARTIAL_LABEL):  # imports that never ended
-                self.layer_by_id(layer_id).handle.delete()
-                self._catalog.remove(layer_id)
+            self._committer.remove_leftovers()
             enforce_limits(self, self._catalog.limited())
             self._committer.look = self.watch.look
             if background:
@@ -221,7 +219,8 @@ class Pool:
         self._require_open()
         info, host = self._engine.info(), self._files.data.stat().st_blocks * 512
         capacity, allocated = info.capacity_chunks * self._chunk_size, info.allocated_chunks * self._chunk_size
-        return PoolUsage(capacity, allocated, host, metadata=self._store.usage(), layers=len(self._catalog))
+        trash, reclaimable = self._committer.trash_figures()
+        return PoolUsage(capacity, allocated, host, self._store.usage(), len(self._catalog) - trash, reclaimable * self._chunk_size)
 
     metrics = measure
 
@@ -336,11 +335,11 @@ class Pool:
             self._catalog.set_digests(layer.id, digests)
 
     def layers_with_digest(self, kind: str, digest: str) -> list[Layer]:
-        """The layers with that digest, oldest first; ones that an import is still filling are left out."""
+        """The layers with that digest, oldest first; ones that an import is still filling, or in the trash, are left out."""
         with self._lock:
             self._require_open()
             ids = self._catalog.with_digest(kind, digest)
-            return [layer for layer in map(self.layer_by_id, ids) if PARTIAL_LABEL not in layer.labels]
+            return [layer for layer in map(self.layer_by_id, ids) if not {PARTIAL_LABEL, TRASH_LABEL} & layer.labels.keys()]
 
     # --- documents: what the modules above keep about layers ---
 
@@ -434,6 +433,7 @@ class Pool:
             self._require_open()
             if self._uses is None:
                 self._uses = type(self)._make_uses(self)
+                self._committer.users = self._uses.users
             return self._uses
 
     def require_unused(self, layer: Layer, verb: str) -> None:

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -136,6 +135,8 @@ def sync_directory(path: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> None:
     """Each takes the other's name, at once."""
+    import ctypes  # hardly anybody comes here
+
     libc = ctypes.CDLL(None, use_errno=True)
     at_fdcwd, rename_exchange = -100, 2
     if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) != 0:

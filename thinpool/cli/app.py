@@ -34,6 +34,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "resize": layers.resize,
         "rename": layers.rename,
         "rm": layers.rm,
+        "undelete": layers.undelete,
         "digest": layers.digest,
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..catalog import TRASH_LABEL
+from ..trash import KEEP_HOURS, goes_at, name_of, take_back, throw_away, thrown_away
+from ..units import format_size
 from . import options
 from .options import opened, parse_labels, pool_path
-from .show import print_table, progress_bar
+from .show import format_time, print_json, print_table, progress_bar
 
 NewSize = Annotated[str, typer.Argument(metavar="SIZE", help="Like 4K, 10G or 1.5T.", show_default=False)]
 
@@ -90,12 +93,39 @@ def rename(ctx: typer.Context, layer: options.Layer, name: options.Name, pool: o
 def rm(
     ctx: typer.Context,
     layers: Annotated[list[str], typer.Argument(metavar="LAYER...", help="Layers' names.", show_default=False)],
+    keep: Annotated[float, typer.Option(metavar="HOURS", min=0, help="How long undelete can bring them back, unless their space is needed.")] = KEEP_HOURS,
     pool: options.Pool = None,
 ) -> None:
-    """Delete layers; what was cloned from them stays whole."""
+    """Remove layers; what was cloned from them stays whole. --keep 0 deletes them for good at once."""
     with opened(ctx, pool, gives_back=True) as p:
-        for layer in layers:
-            p.layer(layer).delete()
+        for name in layers:
+            layer = p.layer(name)
+            if keep and TRASH_LABEL not in layer.labels:
+                throw_away(p, layer, keep)
+            else:
+                layer.delete()
+
+
+def undelete(
+    ctx: typer.Context,
+    layer: Annotated[str | None, typer.Argument(metavar="[LAYER]", help="Its name. Default: list what is in the trash.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Another name for it.", show_default=False)] = None,
+    as_json: options.AsJson = False,
+    pool: options.Pool = None,
+) -> None:
+    """Bring back a layer that rm has removed; or list them, with the time until which that is possible.
+
+    JSON: of the list, an array of layer, exclusive (what it takes that no other layer has), until (seconds since 1970).
+    """
+    with opened(ctx, pool) as p:
+        if layer is not None:
+            take_back(p.layers(), layer, name)
+            return
+        rows = [(name_of(one), one.usage().exclusive, goes_at(one)) for one in thrown_away(p.layers())]
+    if as_json:
+        print_json([{"layer": name, "exclusive": size, "until": until} for name, size, until in rows])
+        return
+    print_table(["LAYER", ">EXCLUSIVE", "UNTIL"], [[name, format_size(size), format_time(until)] for name, size, until in rows])
 
 
 def digest(ctx: typer.Context, pool: options.Pool = None) -> None:

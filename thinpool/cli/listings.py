@@ -9,19 +9,20 @@ from typing import Annotated
 import typer
 
 from ..api import Attachment, PoolAPI
-from ..catalog import PARTIAL_LABEL
+from ..catalog import PARTIAL_LABEL, TRASH_LABEL
 from ..server.wire import LayerRecord, records_of
 from ..units import format_size
 from . import options
 from .options import opened
 from .show import print_extents, print_json, print_table, short_id
 
-_INNER_LABELS = {"thinpool.blank", "thinpool.blob"}  # of empty file systems, kept to be cloned by imports, and of archives of image layers
+# Of empty file systems, kept to be cloned by imports, of archives of image layers, and of layers in the trash.
+_INNER_LABELS = {"thinpool.blank", "thinpool.blob", TRASH_LABEL}
 
 
 def ls(
     ctx: typer.Context,
-    show_all: Annotated[bool, typer.Option("--all", help="With the blank file systems kept for imports, and the archives of image layers.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="With the blank file systems kept for imports, the archives of image layers, and the trash.")] = False,
     no_trunc: options.NoTrunc = False,
     as_json: options.AsJson = False,
     pool: options.Pool = None,
@@ -52,7 +53,8 @@ def ls(
 def df(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool = None) -> None:
     """Show what the pool takes.
 
-    JSON: capacity (0: no limit), allocated, host (what the data file really takes), metadata, layers (a count).
+    JSON: capacity (0: no limit), allocated, host (what the data file really takes), metadata, layers (a count, without the trash),
+    reclaimable (what the trash takes).
     """
     with opened(ctx, pool) as p:
         usage = p.usage()
@@ -60,8 +62,8 @@ def df(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool =
         print_json(asdict(usage))
         return
     capacity = format_size(usage.capacity) if usage.capacity else "none"
-    sizes = map(format_size, (usage.allocated, usage.host, usage.metadata))
-    print_table([">CAPACITY", ">ALLOCATED", ">ON HOST", ">METADATA", ">LAYERS"], [[capacity, *sizes, str(usage.layers)]])
+    sizes = map(format_size, (usage.allocated, usage.reclaimable, usage.host, usage.metadata))
+    print_table([">CAPACITY", ">ALLOCATED", ">RECLAIMABLE", ">ON HOST", ">METADATA", ">LAYERS"], [[capacity, *sizes, str(usage.layers)]])
 
 
 def show_map(ctx: typer.Context, layer: options.Layer, as_json: options.AsJson = False, pool: options.Pool = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +35,8 @@ def pack(
     pool: options.Pool = None,
 ) -> None:
     """Write the maps, without names, labels, documents and data, to show to somebody else; also of a damaged pool."""
+    import gzip
+
     from ..recovery.dump import dump as lines_of
 
     with gzip.open(output, "wt", encoding="utf-8") as out:

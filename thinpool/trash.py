@@ -1,0 +1,59 @@
+"""Layers that were removed by hand, and can be had back for a while.
+
+A layer in the trash has the label :data:`~thinpool.catalog.TRASH_LABEL`, the time when it goes for good, and another name, so that its own is free. It goes
+earlier where its space is needed (:meth:`thinpool.commits.Committer.empty_trash`). What programs delete does not come here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .catalog import TRASH_LABEL
+from .errors import LayerBusy, LayerNotFound
+
+if TYPE_CHECKING:
+    from .api import LayerAPI, PoolAPI
+
+NAME_LABEL = "thinpool.trash.name"
+KEEP_HOURS = 24.0
+_NAME_MAX = 255
+
+
+def throw_away(pool: PoolAPI, layer: LayerAPI, keep_hours: float) -> None:
+    """Puts a layer into the trash; its name is free then. Raises LayerBusy where it is attached, mounted or running."""
+    name = layer.name
+    for use in pool.attachments():
+        if use.layer == name:
+            where = f"container {use.container}" if use.container else f"mount on {use.mountpoint}" if use.mountpoint else f"block device {use.device}"
+            raise LayerBusy(f"cannot delete layer {name}: used by {where}", (where,))
+    # The labels first: from then on it goes by itself, whatever happens to this process.
+    layer.set_labels({**layer.labels, TRASH_LABEL: str(int(time.time() + keep_hours * 3600)), NAME_LABEL: name})
+    layer.rename(f"trash/{layer.id}/{name}"[:_NAME_MAX])
+
+
+def thrown_away(layers: Iterable[LayerAPI]) -> list[LayerAPI]:
+    """Those of the layers that are in the trash, the one that goes last first."""
+    return sorted((layer for layer in layers if TRASH_LABEL in layer.labels), key=goes_at, reverse=True)
+
+
+def goes_at(layer: LayerAPI) -> float:
+    """When a layer in the trash goes for good, in seconds since 1970."""
+    return float(layer.labels[TRASH_LABEL])
+
+
+def name_of(layer: LayerAPI) -> str:
+    """The name that a layer in the trash had."""
+    return layer.labels.get(NAME_LABEL, layer.name)
+
+
+def take_back(layers: Iterable[LayerAPI], name: str, new_name: str | None = None) -> LayerAPI:
+    """The layer that was thrown away last under that name, out of the trash. Raises LayerNotFound; LayerExists where the name is taken."""
+    for layer in thrown_away(layers):
+        if name in (name_of(layer), layer.name):
+            if layer.name != (back := new_name or name_of(layer)):
+                layer.rename(back)
+            layer.set_labels({key: value for key, value in layer.labels.items() if key not in (TRASH_LABEL, NAME_LABEL)})
+            return layer
+    raise LayerNotFound(f"no layer named {name!r} in the trash")

@@ -48,7 +48,7 @@ _LATER_DATABASES = {DOCUMENT: b"documents"}  # pools made by earlier versions ha
 DATABASE_NAMES = {**_DATABASES, **_OWN_DATABASES, **_LATER_DATABASES}
 """All databases by the kind of their records."""
 _POOL_KEY, SUMS_KEY = b"pool", b"sums"
-_SUM_MAX = 2**64 - 1
+_SUM_MAX, _CHECKSUM = 2**64 - 1, struct.Struct("<I").unpack_from
 _INITIAL_MAP_BYTES = 256 << 20
 _RESERVE_BYTES = 8 << 20
 
@@ -84,14 +84,21 @@ class Sums:
         """The stored form."""
         return frame(POOL, SUMS_KEY, struct.pack("<QQ", self.count, self.checksums))
 
-    def add(self, value: Any) -> None:
-        """A stored value, whose first four bytes are its checksum."""
-        self.count += 1
-        self.checksums = self.checksums + int.from_bytes(value[:4], "little") & _SUM_MAX
+    def add(self, *values: Any) -> None:
+        """Stored values, of which the first four bytes are the checksum."""
+        self.count += len(values)
+        self.checksums = self.checksums + _sum(values) & _SUM_MAX
 
-    def remove(self, value: Any) -> None:
-        self.count -= 1
-        self.checksums = self.checksums - int.from_bytes(value[:4], "little") & _SUM_MAX
+    def remove(self, *values: Any) -> None:
+        self.count -= len(values)
+        self.checksums = self.checksums - _sum(values) & _SUM_MAX
+
+
+def _sum(values: Iterable[Any]) -> int:
+    try:
+        return sum(_CHECKSUM(value)[0] for value in values)
+    except struct.error:
+        raise DamagedError("damaged metadata: a record is shorter than its checksum") from None
 
 
 class Metadata:
@@ -288,14 +295,11 @@ class Metadata:
                 sums.remove(old)
                 txn.delete(key, db=self._dbs[kind])
         for kind, items in puts.items():
-            db = self._dbs[kind]
-            for key, value in items:
-                old = txn.get(key, db=db)
-                if old is not None:
-                    sums.remove(old)
-                sums.add(value)
             if items:
-                txn.cursor(db).putmulti(items, overwrite=True)
+                cursor = txn.cursor(self._dbs[kind])
+                sums.remove(*(old for _, old in cursor.getmulti([key for key, _ in items])))
+                sums.add(*(value for _, value in items))
+                cursor.putmulti(items, overwrite=True)
         txn.put(SUMS_KEY, sums.record(), db=self._dbs[POOL])
 
     def _write(self, write: Callable[[Any], object]) -> int:

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -134,17 +133,11 @@ def sync_directory(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Each takes the other's name, at once."""
+    """Each takes the other's name, at once. Raises OSError where the file system cannot do that; nothing has changed then."""
     import ctypes  # hardly anybody comes here
 
     libc = ctypes.CDLL(None, use_errno=True)
     at_fdcwd, rename_exchange = -100, 2
     if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) != 0:
         code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):
-            raise OSError(code, os.strerror(code), str(one))
-        # A file system that cannot: a crash between the two leaves the pool without metadata under its name, but with both.
-        aside = one.with_name(f"{one.name}.aside")
-        other.rename(aside)
-        one.rename(other)
-        aside.rename(one)
+        raise OSError(code, os.strerror(code), str(one))

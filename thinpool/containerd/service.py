@@ -167,7 +167,18 @@ class Service:
         return classes["Empty"]()
 
     def _remove(self, request: Any, _now: int) -> Any:
-        self._connection.run(lambda pool: self._snapshotter.remove(pool, request.key))
+        tried = False
+
+        def remove(pool: PoolAPI) -> None:
+            nonlocal tried
+            again, tried = tried, True
+            try:
+                self._snapshotter.remove(pool, request.key)
+            except errors.LayerNotFound:
+                if not again:  # else the first try has removed it
+                    raise
+
+        self._connection.run(remove)
         return classes["Empty"]()
 
     def _stat(self, request: Any, _now: int) -> Any:

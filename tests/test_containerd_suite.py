@@ -15,6 +15,7 @@ from commandline import wait_until
 from conftest import missing
 
 import thinpool
+from thinpool.containerd.service import Service
 
 CASES = 21
 
@@ -28,6 +29,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("suite")
     thinpool.Pool.create(directory / "pool").close()
     yield directory
+    service = Service(lambda: thinpool.connect(directory / "pool", server=True), str(directory / "last"))  # deletes what a killed one could not
+    with thinpool.connect(directory / "pool") as pool:
+        wait_until(lambda: pool.attachments() == [])
+    service.close()
     wait_until(lambda: not (directory / "pool" / "server.sock").exists())  # it ends when nothing is attached any more
 
 

@@ -20,3 +20,12 @@ def test_a_script_runs_as_root_of_another_kernel_and_gives_its_status_and_output
 def test_a_script_that_takes_too_long_is_ended() -> None:
     ended = umlhost.run("echo begun; sleep 1000", seconds=1)
     assert (ended.status, ended.output) == (None, "begun\n"), ended.console
+
+
+def test_what_a_guest_flushed_to_its_disk_is_there_when_it_was_killed(tmp_path: Path) -> None:
+    disk, told = tmp_path / "disk", tmp_path / "told"
+    disk.write_bytes(bytes(1 << 20))
+    script = "set -e; printf kept | dd of=/dev/ubda conv=fsync; touch /mnt/host/told; sleep 1000"
+    ended = umlhost.run(script, directory=tmp_path, disks=[disk], cut=told.exists)
+    assert ended.status is None and told.exists(), ended
+    assert disk.read_bytes()[:5] == b"kept\0"

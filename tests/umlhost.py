@@ -2,7 +2,7 @@
 
 It has what a host's kernel may lack (nbd, dm-thin, dm-log-writes, dm-flakey, dm-dust), and crashes alone. Its root is the host's
 ``/`` over hostfs, read-only: all programs of the host are there, and this repository with its ``.venv``. ``/mnt`` is a tmpfs of its own,
-where scripts start; pools belong there, for hostfs has neither sockets nor shared mappings. One processor, no network but the loopback.
+where scripts start; pools belong there or on a disk, for hostfs has neither sockets nor shared mappings. One processor, no network but the loopback.
 
 :func:`run` is all there is to it. ``guesttests`` runs whole test files in there.
 """
@@ -15,7 +15,8 @@ import shlex
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,21 @@ class Ended:
     console: str
 
 
-def run(script: str, *, modules: Sequence[str] = (), directory: Path | None = None, memory: str = "512M", seconds: float = 60.0) -> Ended:
+def run(
+    script: str,
+    *,
+    modules: Sequence[str] = (),
+    directory: Path | None = None,
+    disks: Sequence[Path] = (),
+    cut: Callable[[], bool] | None = None,
+    memory: str = "512M",
+    seconds: float = 60.0,
+) -> Ended:
     """Boots, runs a shell script as root, and powers off. Nothing is left of the guest, whatever happens.
 
     ``modules``: kernel modules to load first, like ``nbd``; what they need comes by itself. ``directory``: one of the host that the
-    script may write to, as :data:`HOST`. ``seconds``: how long the script may take.
+    script may write to, as :data:`HOST`. ``disks``: files that are ``/dev/ubda``, ``/dev/ubdb``, …; what the guest flushes is in the file,
+    what its kernel has not written is lost with it. ``cut``: the guest is killed once this holds. ``seconds``: how long the script may take.
     """
     with tempfile.TemporaryDirectory(prefix="uml-") as place:
         files = Path(place)
@@ -65,18 +76,25 @@ def run(script: str, *, modules: Sequence[str] = (), directory: Path | None = No
         (files / "init").write_text(_INIT.format(**words, modules=shlex.join(_with_needed(modules))))
         (files / "init").chmod(0o755)
         kernel = f"linux.uml mem={memory} rootfstype=hostfs rootflags=/ ro quiet init={place}/init con=null con0=null,fd:1 uml_dir={place} umid=guest"
+        ubds = [f"ubd{number}={disk}" for number, disk in enumerate(disks)]
         with (files / "console").open("wb") as console:
-            guest = subprocess.Popen(kernel.split(), stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True)
+            guest = subprocess.Popen([*kernel.split(), *ubds], stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True)
             try:
-                guest.wait(seconds + _BOOT_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
+                _wait(guest, seconds + _BOOT_SECONDS, cut)
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(guest.pid, signal.SIGKILL)  # its processes are processes here
                 guest.wait()
         status, output, log = (_text(files / name) for name in ("status", "output", "console"))
         return Ended(int(status) if status else None, output, log)
+
+
+def _wait(guest: subprocess.Popen[bytes], seconds: float, cut: Callable[[], bool] | None) -> None:
+    """Returns when the guest has ended, time is up or ``cut`` holds."""
+    deadline = time.monotonic() + seconds
+    while guest.poll() is None and time.monotonic() < deadline and not (cut and cut()):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            guest.wait(0.01 if cut else seconds)
 
 
 def _text(path: Path) -> str:

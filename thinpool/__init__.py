@@ -5,6 +5,7 @@ whatever their size. :class:`Pool` opens one in this process; :func:`connect` go
 runs. ``docs/library.md`` is the tour; :mod:`thinpool.errors` draws the exceptions.
 """
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -72,6 +73,9 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 
     return call
 
+
+# What a library logs is for the program to show, or not.
+logging.getLogger("thinpool").addHandler(logging.NullHandler())
 
 # What is done with layers, loaded by the first who asks for it: most commands need little of it, and should start at once.
 Pool.register(

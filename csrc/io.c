@@ -131,6 +131,7 @@ int io_find_leaf(struct io *io, uint64_t index, uint64_t offset, uint64_t length
 /* A read that is being put together from neighbouring pieces: into memory, or by reference into a pipe. */
 struct gather {
   struct tp_pool *pool;
+  uint64_t layer_id, offset; /* of what is read */
   uint8_t *buf; /* NULL: the pipe */
   int pipe_fd;
   uint64_t to, at, length; /* a piece: where in buf, where in the data file */
@@ -140,7 +141,8 @@ static int gather_flush(struct gather *g) {
   uint64_t length = g->length;
   g->length = 0;
   if (length == 0) return TP_OK;
-  return g->buf != NULL ? disk_read(g->pool, g->buf + g->to, length, g->at) : disk_splice(g->pool, g->pipe_fd, length, g->at);
+  int rc = g->buf != NULL ? disk_read(g->pool, g->buf + g->to, length, g->at) : disk_splice(g->pool, g->pipe_fd, length, g->at);
+  return rc == TP_OK ? rc : tp_error_where(rc, g->layer_id, g->offset + g->to, length);
 }
 
 static int gather_add(struct gather *g, uint64_t to, uint64_t at, uint64_t length) {
@@ -185,19 +187,20 @@ static int read_locked(struct io *io, struct gather *g, uint64_t length, uint64_
     /* What was gathered is only good under the lock it was looked up under. */
     if (!io->exclusive && (slot == NULL || slot->tag != index / FANOUT + 1)) rc = gather_flush(g);
     struct node *leaf;
-    if (rc == TP_OK) rc = io_find_leaf(io, index, offset, length, false, &leaf);
+    if (rc != TP_OK) return rc;
     uint64_t n = min_u64(length, chunk_size(pool) - (offset & mask));
-    if (rc == TP_OK) rc = read_entry(g, leaf == NULL ? 0 : leaf->entry[index % FANOUT], to, offset & mask, n);
+    rc = io_find_leaf(io, index, offset, length, false, &leaf);
     if (rc != TP_OK) return tp_error_where(rc, io->layer->rec.key, offset, n);
+    rc = read_entry(g, leaf == NULL ? 0 : leaf->entry[index % FANOUT], to, offset & mask, n);
+    if (rc != TP_OK) return rc;
     to += n, offset += n, length -= n;
   }
-  int rc = gather_flush(g);
-  return rc == TP_OK ? rc : tp_error_where(rc, io->layer->rec.key, offset - g->length, g->length);
+  return gather_flush(g);
 }
 
 int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
   struct io io;
-  struct gather g = {.pool = layer->pool, .buf = buf};
+  struct gather g = {.pool = layer->pool, .layer_id = layer->rec.key, .offset = offset, .buf = buf};
   int rc = io_begin(&io, layer, offset, length, false);
   if (rc == TP_OK) rc = read_locked(&io, &g, length, offset);
   io_end(&io);
@@ -216,7 +219,7 @@ static bool in_slots(const struct io *io, uint64_t length, uint64_t offset) {
 
 int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, int (*send)(void *ctx), void *ctx) {
   struct io io;
-  struct gather g = {.pool = layer->pool, .pipe_fd = pipe_fd};
+  struct gather g = {.pool = layer->pool, .layer_id = layer->rec.key, .offset = offset, .pipe_fd = pipe_fd};
   if (layer->pool->options.disk != NULL || length == 0) return TP_EINVAL;
   struct probe probe = metrics_begin(&layer->metrics, TP_READ, length);
   int rc = io_begin(&io, layer, offset, length, false);

@@ -33,7 +33,13 @@ static int file_punch(void *ctx, uint64_t offset, uint64_t length) {
   return rc < 0 ? -errno : 0;
 }
 
-static int file_sync(void *ctx) { return fdatasync(((struct file_disk *)ctx)->fd) < 0 ? -errno : 0; }
+/* A signal ended the wait, not the write-back: what went wrong with that is still to be told. */
+static int file_sync(void *ctx) {
+  int fd = ((struct file_disk *)ctx)->fd, rc;
+  do rc = fdatasync(fd);
+  while (rc < 0 && errno == EINTR);
+  return rc < 0 ? -errno : 0;
+}
 
 static int64_t file_size(void *ctx) {
   off_t end = lseek(((struct file_disk *)ctx)->fd, 0, SEEK_END);
@@ -43,7 +49,10 @@ static int64_t file_size(void *ctx) {
 static int file_resize(void *ctx, uint64_t length) {
   int64_t now = file_size(ctx);
   if (now < 0 || (uint64_t)now >= length) return now < 0 ? (int)now : 0;
-  return ftruncate(((struct file_disk *)ctx)->fd, (off_t)length) < 0 ? -errno : 0;
+  int fd = ((struct file_disk *)ctx)->fd, rc;
+  do rc = ftruncate(fd, (off_t)length);
+  while (rc < 0 && errno == EINTR);
+  return rc < 0 ? -errno : 0;
 }
 
 static const tp_disk file_disk = {NULL, file_pread, file_pwrite, file_punch, file_sync, file_resize, file_size};
@@ -261,6 +270,7 @@ int tp_pool_get_info(tp_pool *pool, tp_pool_info *out) {
       .durable_txn = pool->durable_txn,
       .dirty = pool_is_dirty(pool),
       .failed = pool->failed,
+      .failed_errno = pool->failed_errno,
       .cached_bytes = pool->cache.bytes,
       .splits = pool->splits,
       .in_place = pool->in_place,

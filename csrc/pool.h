@@ -64,6 +64,7 @@ struct tp_pool {
   unsigned blocks;          /* per chunk */
   uint64_t handles;         /* of the pool and its layers: the memory goes with the last one */
   _Atomic int failed;       /* tp_error of the error mode; 0: none */
+  int failed_errno;         /* of the host, where that was it */
   _Atomic bool stopped;     /* about to close: no more changes, commits go on */
   _Atomic bool closed;
   bool awake;               /* tp_wake was called */

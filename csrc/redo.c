@@ -20,7 +20,7 @@ struct head {
 };
 struct redo {
   struct head head[2];
-  _Atomic uint64_t began; /* notes are being taken; 0: a new file */
+  _Atomic uint64_t began; /* 0: a new file; 1: notes are being taken; 2: void, the pool went into error mode */
 };
 struct note {
   uint64_t kind, layer_id, block, count, chunk;
@@ -61,6 +61,10 @@ void redo_release(struct tp_pool *pool, uint64_t txn) {
 
 bool redo_is_full(const struct tp_pool *pool) {
   return pool->noting && pool->redo->head[pool->txn & 1].used > NEARLY_FULL;
+}
+
+void redo_fail(struct tp_pool *pool) {
+  if (pool->redo != NULL) pool->redo->began = 2;
 }
 
 void redo_close(struct tp_pool *pool) {
@@ -219,6 +223,10 @@ int64_t tp_redo_open(tp_pool *pool, int fd) {
   struct redo *redo = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (redo == MAP_FAILED) return tp_error_set(TP_ENOMEM);
   bool began = redo->began != 0;
+  if (redo->began == 2) {
+    munmap(redo, length);
+    return tp_error_set(TP_EFAILED);
+  }
   pool->redo = redo; /* nothing is noted of what is done again: until that is committed, the old notes stand */
   uint64_t last = pool->txn - 1; /* the last transaction that the store has */
   struct again again = {.pool = pool};

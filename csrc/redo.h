@@ -27,6 +27,7 @@ enum redo_kind {
 void redo_note(tp_layer *layer, enum redo_kind kind, uint64_t block, uint64_t count, uint64_t chunk);
 void redo_freeze(struct tp_pool *pool);                /* a transaction was opened: pool->txn */
 void redo_release(struct tp_pool *pool, uint64_t txn); /* it is durable */
+void redo_fail(struct tp_pool *pool); /* error mode: what the notes name may never have reached the disk, so that nobody may do them again */
 void redo_close(struct tp_pool *pool);
 
 #endif

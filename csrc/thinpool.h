@@ -111,6 +111,7 @@ typedef struct {
   uint64_t durable_txn;
   int dirty;                /* the open transaction has changed records */
   int failed;               /* tp_error that put the pool into error mode; 0: none */
+  int failed_errno;         /* errno of the host, where the thread that failed had one */
   uint64_t cached_bytes;    /* nodes and pages in memory */
   uint64_t splits, in_place, first_writes, window_waits, fetches; /* counters since open */
 } tp_pool_info;
@@ -219,7 +220,7 @@ int tp_sync(tp_pool *pool);
 /* The transaction is durable. store_txn: the store's number of it; oldest_reader: the oldest store_txn that a
  * reader may still look at (UINT64_MAX: none): what was freed since is kept. */
 int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader);
-void tp_fail(tp_pool *pool, int error); /* error mode, for good */
+void tp_fail(tp_pool *pool, int error); /* error mode, for good; with the errno of the last error of this thread, if that is the one */
 void tp_touch(tp_pool *pool);           /* the caller has records of its own for the open transaction: a flush must commit */
 
 /* --- surviving the process: map changes since the last commit are noted in a memory file (memfd_create) that somebody else keeps

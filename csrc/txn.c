@@ -130,8 +130,14 @@ void tp_touch(tp_pool *pool) {
 }
 
 void tp_fail(tp_pool *pool, int error) {
+  tp_error_info why;
+  tp_last_error(&why);
   pthread_mutex_lock(&pool->mutex);
-  if (!pool->failed) pool->failed = error;
+  if (!pool->failed) {
+    pool->failed_errno = why.code == error ? why.os_error : 0;
+    pool->failed = error;
+    redo_fail(pool);
+  }
   pthread_cond_broadcast(&pool->committed);
   pthread_cond_signal(&pool->work);
   pthread_mutex_unlock(&pool->mutex);

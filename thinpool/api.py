@@ -82,7 +82,8 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
     """What a pool takes, in bytes (``layers`` is a count). ``capacity`` 0 means no limit; ``host`` is what the data
-    file really takes on the host's disk; ``metadata`` is the used part of the metadata store; ``reclaimable`` is what the trash takes."""
+    file really takes on the host's disk; ``metadata`` is the used part of the metadata store; ``reclaimable`` is what the trash takes.
+    ``mode``: ``error`` after a failed sync or commit, with its ``cause`` and the ``way_out``, which else are empty."""
 
     capacity: int
     allocated: int
@@ -90,6 +91,9 @@ class PoolUsage:
     metadata: int
     layers: int
     reclaimable: int = 0
+    mode: Literal["normal", "error"] = "normal"
+    cause: str = ""
+    way_out: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +29,8 @@ from .records import Record
 
 _LOG = logging.getLogger("thinpool")
 COMMIT_INTERVAL_SECONDS = 1.0
+WAY_OUT = "look at the kernel's log and the disk, end the process that has the pool open, and open it anew: all that was flushed is there"
+"""Of error mode."""
 _RECLAIM_STEP = 1 << 14  # entries, walked a node at a time
 _PUNCH_STEP_BYTES = 16 << 20
 _TRASH_INTERVAL_SECONDS = 60.0
@@ -99,6 +102,7 @@ class Committer:
         self._catalog = catalog
         self._lock = lock
         self._window_lock = threading.Lock()
+        self._failure = ""
         self.look: Callable[[], None] = lambda: None
         """Called when space may be running out: may raise the capacity."""
         self.users: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a layer; whoever knows sets it
@@ -111,6 +115,13 @@ class Committer:
         """A name for messages."""
         record = self._catalog.get(layer_id)
         return record.name if record else f"number {layer_id}"
+
+    def error_mode(self) -> dict[str, Any]:
+        """What :class:`~thinpool.api.PoolUsage` says of it; empty: the pool is not in it."""
+        info = self.engine.info()
+        if not info.failed:
+            return {}
+        return {"mode": "error", "cause": self._failure or f"a sync of the data failed: {os.strerror(info.failed_errno)}", "way_out": WAY_OUT}
 
     def commit(self) -> None:
         """One commit; the engine sees to it that there is one at a time. Raises PoolFailed, and then no later one succeeds."""
@@ -126,9 +137,14 @@ class Committer:
             self.engine.release(store_txn, self.store.oldest_reader())
             self.fingerprints.release()
         except Exception as error:
-            self.engine.fail()
-            _LOG.error("commit failed, the pool is in error mode: %s", error)
-            raise PoolFailed(f"a commit failed ({error}): the pool is in error mode, reads go on; open it anew to write") from error
+            raise self._fail(error) from error
+
+    def _fail(self, error: Exception) -> PoolFailed:
+        """Error mode; what to raise."""
+        self._failure = f"a commit failed: {error}"
+        self.engine.fail()
+        _LOG.error("commit failed, the pool is in error mode: %s", error)
+        return PoolFailed(f"a commit failed ({error}): the pool is in error mode, reads go on: {WAY_OUT}")
 
     def extend_window(self) -> None:
         """Lets the engine hand out more clean chunks; one transaction of the store, no sync of the data."""
@@ -144,7 +160,11 @@ class Committer:
 
     def _extend_window(self) -> None:
         with self._window_lock:
-            self.store.put_window(self.engine.plan_window())
+            record = self.engine.plan_window()
+            try:
+                self.store.put_window(record)
+            except PoolFailed as error:
+                raise self._fail(error) from error
             self.engine.activate_window()
 
     def _is_short(self) -> bool:

@@ -31,8 +31,7 @@ _ERRORS = {getattr(_core, code): fault for code, fault in FAULTS.items()}
 WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 16
 """Bits of :meth:`Engine.wait_work`."""
 BLOCK_SIZE = 4096
-_WINDOW_KEY = 2
-_EXTENTS_PER_CALL = 1024
+_WINDOW_KEY, _EXTENTS_PER_CALL = 2, 1024
 NO_READER = 2**64 - 1
 
 
@@ -67,6 +66,7 @@ class EngineInfo:
     durable_txn: int
     dirty: int
     failed: int
+    failed_errno: int
     cached_bytes: int
     splits: int
     in_place: int

@@ -24,7 +24,7 @@ import lmdb
 
 from . import engine as data_plane
 from .engine import NO_READER, crc32c
-from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy
+from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy, PoolFailed, ThinpoolError
 from .poolfiles import sync_directory
 from .records import Record
 
@@ -108,12 +108,16 @@ class Metadata:
         """Opens ``path`` (a directory). Raises DamagedError, FormatError, PoolBusy, or DiskError."""
         self.path = path
         self.read_only = read_only
-        self._reads = threading.Lock()  # the map may be resized only while no read is under way
-        self._grow_lock = threading.Lock()
+        # In the order they are taken. The environment changes under all of them, the size of the map while nobody reads or writes.
+        self._writes, self._copies, self._reads = threading.Lock(), threading.Lock(), threading.Lock()
         self._reserved_to = 0  # bytes of the store's file that are known to be allocated
-        with _lmdb_errors(path):
+        self._open(create=create, read_only=read_only)
+        self._snapshot = self._env.begin(buffers=True) if read_only else None
+
+    def _open(self, *, create: bool, read_only: bool) -> None:
+        with _lmdb_errors(self.path):
             self._env: Any = lmdb.open(
-                str(path), map_size=_INITIAL_MAP_BYTES, max_dbs=16, subdir=True, readonly=read_only, create=create, mode=0o600, max_readers=1024
+                str(self.path), map_size=_INITIAL_MAP_BYTES, max_dbs=16, subdir=True, readonly=read_only, create=create, mode=0o600, max_readers=1024
             )
             self._env.set_mapsize(max(_INITIAL_MAP_BYTES, self._file_bytes() * 2)) if not read_only else None
             names = {**_DATABASES, **_OWN_DATABASES}
@@ -121,7 +125,7 @@ class Metadata:
             for kind, name in _LATER_DATABASES.items():
                 with suppress(lmdb.ReadonlyError, lmdb.NotFoundError):
                     self._dbs[kind] = self._env.open_db(name, create=not read_only)
-            self._snapshot = self._env.begin(buffers=True) if read_only else None
+            self._writable = not read_only
 
     def _file_bytes(self) -> int:
         try:
@@ -217,7 +221,7 @@ class Metadata:
 
     def copy_to(self, directory: Path) -> None:
         """A compact copy of the newest committed state in an empty directory, durable when it returns."""
-        with _lmdb_errors(directory):
+        with _lmdb_errors(directory), self._copies:
             self._env.copy(str(directory), compact=True)
         sync_directory(directory)
 
@@ -303,19 +307,35 @@ class Metadata:
         txn.put(SUMS_KEY, sums.record(), db=self._dbs[POOL])
 
     def _write(self, write: Callable[[Any], object]) -> int:
-        """Runs a write transaction to its durable end: again in a larger map, if need be."""
-        while True:
-            try:
-                with _lmdb_errors(self.path), self._env.begin(write=True, buffers=True) as txn:
-                    self._reserve()
-                    write(txn)
-                    return int(txn.id())
-            except lmdb.MapFullError:
-                self._grow()
+        """Runs a write transaction to its durable end: again in a larger map, if need be. Raises PoolFailed where no other can follow."""
+        with self._writes:
+            if not self._writable:
+                raise PoolFailed(f"the metadata store {self.path} has failed: open the pool anew")
+            while True:
+                try:
+                    with _lmdb_errors(self.path), self._env.begin(write=True, buffers=True) as txn:
+                        self._reserve()
+                        write(txn)
+                        return int(txn.id())
+                except lmdb.MapFullError:
+                    with self._reads:
+                        self._env.set_mapsize(self._env.info()["map_size"] * 2)
+                except ThinpoolError as error:
+                    if self._is_stuck():
+                        raise PoolFailed(f"the metadata store has failed for good: {error}") from error
+                    raise
 
-    def _grow(self) -> None:
-        with self._grow_lock, self._reads:
-            self._env.set_mapsize(self._env.info()["map_size"] * 2)
+    def _is_stuck(self) -> bool:
+        """Whether LMDB could not write its first pages, and refuses all from then on; reads go on in the environment opened anew."""
+        with self._copies, self._reads:
+            try:
+                self._env.begin().abort()
+            except lmdb.PanicError:
+                self._writable = False
+                self._env.close()
+                with suppress(ThinpoolError):
+                    self._open(create=False, read_only=True)
+        return not self._writable
 
     def _reserve(self) -> None:
         """Takes disk space for the next transactions while there is some: LMDB writes past its used end, where only it may.

@@ -217,10 +217,10 @@ class Pool:
 
     def usage(self) -> PoolUsage:
         self._require_open()
-        info, host = self._engine.info(), self._files.data.stat().st_blocks * 512
-        capacity, allocated = info.capacity_chunks * self._chunk_size, info.allocated_chunks * self._chunk_size
+        info, host, size = self._engine.info(), self._files.data.stat().st_blocks * 512, self._chunk_size
         trash, reclaimable = self._committer.trash_figures()
-        return PoolUsage(capacity, allocated, host, self._store.usage(), len(self._catalog) - trash, reclaimable * self._chunk_size)
+        capacity, allocated, layers = info.capacity_chunks * size, info.allocated_chunks * size, len(self._catalog) - trash
+        return PoolUsage(capacity, allocated, host, self._store.usage(), layers, reclaimable * size, **self._committer.error_mode())
 
     metrics = measure
 

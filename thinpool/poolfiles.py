@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import DamagedError, PoolBusy, PoolExists, PoolNotFound
@@ -99,9 +100,9 @@ class PoolFiles:
         Raises PoolBusy with the pid of whoever is.
         """
         fd = os.dup(held) if held >= 0 else self._take_lock()
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         self.lock_fd = fd
+        with suppress(OSError):  # only for messages; on a full disk there may be no room, so that the block it has is not given away first
+            os.pwrite(fd, b"%-31d\n" % os.getpid(), 0)
 
     def _take_lock(self) -> int:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -16,7 +16,7 @@ static int get_level(tp_layer *layer, uint64_t id, unsigned level, uint64_t leaf
   if (rc == TP_OK && (*out)->level != level) rc = tp_error_record(TP_ECORRUPT, TP_NODE, id);
   if (rc == TP_OK) return TP_OK;
   uint64_t span = FANOUT * chunk_size(layer->pool);
-  for (unsigned k = 0; k < level; k++) span *= FANOUT;
+  for (unsigned k = 0; k < level && span <= UINT64_MAX / FANOUT; k++) span *= FANOUT;
   uint64_t offset = leaf_index * FANOUT * chunk_size(layer->pool);
   return tp_error_where(rc, layer->rec.key, offset / span * span, span);
 }

@@ -47,9 +47,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--crash-cuts", type=int, default=3600, help="power cuts in tests/test_crash.py")
     parser.addoption("--power-cuts", type=int, default=3, help="power cuts of a guest in tests/test_power_cut.py")
     parser.addoption("--logged-cuts", type=int, default=6, help="marks, and as many other entries, that tests/test_log_writes.py replays the log to")
+    parser.addoption("--decoder-examples", type=int, default=200, help="changed inputs in tests/test_decoders.py, and fewer where one takes longer")
     parser.addoption("--server-kills", type=int, default=6, help="kills of the server in each test of tests/test_survival.py that loads it")
     parser.addoption("--damage-rounds", type=int, default=1, help="times that each kind of damage is done, from another seed each")
     parser.addoption("--api-examples", type=int, default=6, help="requests of each kind to each route in tests/test_api_schema.py")
+
+
+@pytest.fixture
+def decoder_examples(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--decoder-examples"))
 
 
 @pytest.fixture

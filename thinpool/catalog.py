@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import BadName, LayerExists, LayerNotFound
+from .errors import BadName, DamagedError, LayerExists, LayerNotFound
 
 DIGEST_KINDS = ("diff", "chain", "content")
 """What names a sealed layer by its content: an image layer's OCI DiffID and ChainID, and the Merkle digest of its blocks."""
@@ -42,6 +42,20 @@ class LayerRecord:
     def as_json(self) -> dict[str, Any]:
         """The stored form (docs/FORMAT.md, "Layers")."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, stored: Any) -> LayerRecord:
+        """Of the stored form, of which other fields are passed over. Raises DamagedError where it makes no sense."""
+        try:
+            record = cls(**{name: stored[name] for name in cls.__slots__ if name in stored})
+            pairs = [*record.labels.items(), *record.digests.items()]
+            texts = [record.name, "" if record.origin is None else record.origin, *(text for pair in pairs for text in pair), *record.limits]
+            numbers = [record.created, 0 if record.parent is None else record.parent, *record.limits.values()]
+            if all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers):
+                return record
+        except (TypeError, AttributeError):
+            pass
+        raise DamagedError("damaged metadata: the record of a layer makes no sense")
 
 
 def check_name(name: str) -> str:
@@ -71,7 +85,7 @@ class Catalog:
         self._documents = dict(documents)
         self._documents_changed: dict[str, bool] = {}
         for layer_id, stored in layers:
-            self._insert(layer_id, LayerRecord(**{name: stored[name] for name in LayerRecord.__slots__ if name in stored}))
+            self._insert(layer_id, LayerRecord.from_json(stored))
         self._next_id = max(self._records, default=0) + 1
 
     def __len__(self) -> int:

@@ -167,7 +167,11 @@ class Metadata:
     def layers(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Every layer's id and record."""
         for key, value in self.records(LAYER):
-            yield int.from_bytes(key, "big"), json.loads(unframe(LAYER, key, value))
+            body = unframe(LAYER, key, value)
+            try:
+                yield int.from_bytes(key, "big"), json.loads(body)
+            except (ValueError, RecursionError) as error:
+                raise DamagedError(f"damaged metadata: the record of layer number {int.from_bytes(key, 'big')} is no JSON") from error
 
     def documents(self) -> Iterator[tuple[str, bytes]]:
         """Every document's key and content."""
@@ -184,12 +188,17 @@ class Metadata:
         value = self._get(POOL, _POOL_KEY)
         if value is None:
             raise DamagedError(f"{self.path} has no pool record: it was never finished, or is damaged")
-        record: dict[str, Any] = json.loads(unframe(POOL, _POOL_KEY, value))
-        unknown = set(record["features"]["incompatible"]) - KNOWN_INCOMPATIBLE
-        if record["version"] > FORMAT_VERSION or unknown:
+        try:
+            record: dict[str, Any] = json.loads(unframe(POOL, _POOL_KEY, value))
+            unknown = set(record["features"]["incompatible"]) - KNOWN_INCOMPATIBLE
+            read_compatible, newer = set(record["features"]["read_compatible"]), record["version"] > FORMAT_VERSION
+            int(record["chunk_size"]), int(record["capacity"])
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise DamagedError(f"damaged metadata: the pool's record makes no sense ({error})") from error
+        if newer or unknown:
             what = f"features {', '.join(sorted(unknown))}" if unknown else f"format version {record['version']}"
             raise FormatError(f"the pool was written by a newer thinpool ({what}); this one knows version {FORMAT_VERSION}: upgrade to open it")
-        unknown = set(record["features"]["read_compatible"]) - KNOWN_READ_COMPATIBLE
+        unknown = read_compatible - KNOWN_READ_COMPATIBLE
         if unknown and not self.read_only:
             raise FormatError(f"the pool has features this version must not write to ({', '.join(sorted(unknown))}): open it read-only, or upgrade")
         return record

@@ -50,7 +50,7 @@ class Member(tarfile.TarInfo):
     @classmethod
     def _usual(cls, header: bytes) -> Member | None:
         """A header with nothing rare in it, at half the cost; ``None``: it has something, or is damaged."""
-        if header[156:157] not in _USUAL or header[257:263] not in (b"ustar\0", b"ustar "):
+        if len(header) != tarfile.BLOCKSIZE or header[156:157] not in _USUAL or header[257:263] not in (b"ustar\0", b"ustar "):
             return None
         try:
             if sum(header) - sum(header[148:156]) + 256 != _octal(header[148:156]):
@@ -109,6 +109,8 @@ class Member(tarfile.TarInfo):
         kind = self.kind or stat.S_IFREG
         if not (0 <= self.uid < 0xFFFFFFFF and 0 <= self.gid < 0xFFFFFFFF):
             raise ImportFailed(f"{self.name!r} has an owner that is out of range: {self.uid}:{self.gid}")
+        if not 0 <= self.mode < 1 << 32:
+            raise ImportFailed(f"{self.name!r} has a mode that is out of range: {self.mode}")
         device = 0
         if kind in (stat.S_IFCHR, stat.S_IFBLK):
             if not (0 <= self.devmajor < 1 << 12 and 0 <= self.devminor < 1 << 20):

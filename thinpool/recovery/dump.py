@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from ..catalog import check_name
+from ..catalog import LayerRecord, check_name
 from ..engine import MAP, NODE, STATE
 from ..errors import DamagedError, FormatError
 from ..metadata import DOCUMENT, Metadata, unframe
@@ -148,6 +148,7 @@ def _load(source: IO[bytes], into: Path) -> None:
         store = Metadata(into, create=True)
         try:
             store.put_pool(head["pool"])
+            store.pool_record()  # whether it makes sense
             layers: dict[int, dict[str, Any]] = {}
             documents: dict[str, bytes] = {}
             reader, batch = NodeReader(head["pool"]["chunk_size"]), list[Record]()
@@ -156,7 +157,7 @@ def _load(source: IO[bytes], into: Path) -> None:
                 if "node" in item:
                     batch.append((NODE, key_of(item["node"]), _node(item, reader)))
                 elif "layer" in item:
-                    check_name(item["record"]["name"])
+                    check_name(LayerRecord.from_json(item["record"]).name)
                     layers[item["layer"]] = item["record"]
                     if not (0 <= item["height"] <= LEVELS_MAX and 0 < item["size"] <= _SIZE_MAX):
                         raise ValueError(f"layer {item['layer']} makes no sense")
@@ -174,7 +175,7 @@ def _load(source: IO[bytes], into: Path) -> None:
             store.commit(batch, layers, {}, documents)
         finally:
             store.close()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, EOFError, gzip.BadGzipFile) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, EOFError, gzip.BadGzipFile, DamagedError) as error:
         raise FormatError(f"not a dump of thinpool's, or a damaged one: {error}") from error
 
 

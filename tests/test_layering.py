@@ -138,8 +138,9 @@ def test_includes_point_down() -> None:
 
 
 def test_exports_of_the_core_use_its_public_header_only() -> None:
-    for path in sorted(CORE.glob("fuse*.[ch]")):
-        assert headers(path) <= {"thinpool", "fuse", "common"}, path.name
+    for export in ("fuse", "nbd"):
+        for path in sorted(CORE.glob(f"{export}*.[ch]")):
+            assert headers(path) <= {"thinpool", export, "common"}, path.name
 
 
 def test_no_room_is_a_drawer() -> None:

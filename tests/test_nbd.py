@@ -1,73 +1,25 @@
-"""NBD: real clients, and ones that lie, are slow, or vanish."""
+"""NBD: real clients, TLS, and what a served layer is used for. Clients by hand are in test_nbd_protocol.py."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 import random
 import shutil
 import socket
 import ssl
-import struct
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import needs_tool
+from conftest import needs_root, needs_tool
+from nbdworld import MIB, SIZE, World, negotiated, request, run
 
 import thinpool
-from thinpool.exports.nbd.tls import tls_context
 
 pytestmark = needs_tool("nbdinfo", "nbdcopy", "qemu-img", "qemu-io", "nbdkit", "fio", "openssl")
 
-MIB = 1 << 20
-SIZE = 32 * MIB
-GO, LIST, STARTTLS, STRUCTURED = 7, 3, 5, 8
-ERROR = 1 << 31
-
-
-def run(*command: str | Path, check: bool = True, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60, cwd=cwd)
-    assert done.returncode == 0 or not check, f"{command}: {done.stdout} {done.stderr}"
-    return done.stdout + done.stderr
-
-
-def digest(layer: thinpool.Layer) -> str:
-    return hashlib.sha256(layer.pread(layer.size, 0)).hexdigest()
-
-
-class World:
-    """A pool with a layer to use, and others whose content must not change."""
-
-    def __init__(self, pool: thinpool.Pool, directory: Path, *, siblings: bool) -> None:
-        self.pool, self.socket = pool, directory / "nbd.sock"
-        layer = pool.create_layer("base", SIZE)
-        rng = random.Random(1)
-        for _ in range(40):
-            layer.pwrite(rng.randbytes(50_000), rng.randrange(SIZE - 50_000))
-        self.others: list[thinpool.Layer] = []
-        if siblings:
-            self.others = [layer, layer.snapshot("snapshot"), layer.clone("sibling")]
-            layer = pool.layer("snapshot").clone("disk")
-        else:
-            layer.rename("disk")
-        self.layer = layer
-        self.digests = [digest(other) for other in self.others]
-        pool.serve_nbd(f"unix:{self.socket}")
-
-    def uri(self, name: str = "disk") -> str:
-        return f"nbd+unix:///{name}?socket={self.socket}"
-
-    def connect(self) -> socket.socket:
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(20)
-        client.connect(str(self.socket))
-        return client
-
-    def verify(self) -> None:
-        assert [digest(other) for other in self.others] == self.digests
+NBDSH = ("/usr/bin/python3", "-m", "nbd")  # as nbdsh does, but by Debian's Python, which python3-libnbd is for
 
 
 @pytest.fixture(params=[False, True], ids=["dirtied", "clone"])
@@ -123,6 +75,22 @@ def test_what_changed_since_a_snapshot(pool: thinpool.Pool, tmp_path: Path) -> N
     assert {block for block, kind in found.items() if kind} == changed
 
 
+def test_both_contexts_at_once(pool: thinpool.Pool, tmp_path: Path) -> None:
+    world = World(pool, tmp_path, siblings=False)
+    world.layer.discard(0, SIZE)
+    world.layer.snapshot("monday")
+    world.layer.pwrite(b"x" * MIB, 5 * MIB)
+    program = f"""
+h.add_meta_context("base:allocation")
+h.add_meta_context("thinpool:changed-since:monday")
+h.connect_uri({world.uri()!r})
+found = {{}}
+h.block_status({SIZE}, 0, lambda context, offset, entries, error: found.__setitem__(context, entries))
+assert found == {{"base:allocation": [{5 * MIB}, 3, {MIB}, 0, {26 * MIB}, 3], "thinpool:changed-since:monday": [{5 * MIB}, 0, {MIB}, 1, {26 * MIB}, 0]}}, found
+"""
+    run(*NBDSH, "-c", program)
+
+
 PROGRAM = """
 import random
 rng, size = random.Random({seed}), {size}
@@ -147,26 +115,27 @@ for _ in range(300):
     elif kind == 6:
         h.cache(length, offset)
     assert h.pread(length, offset) == image[offset : offset + length]
-for offset, length, what in ((size - 10, 11, "pread"), (size, 1, "trim"), (size - 1, 2, "zero")):
+for offset, length, what, wanted in ((size - 10, 11, "pread", "EINVAL"), (size, 1, "trim", "EINVAL"), (size - 1, 2, "zero", "ENOSPC")):
     h.set_strict_mode(0)
     try:
         getattr(h, what)(length, offset)
         raise SystemExit(what + " past the end")
     except nbd.Error as error:
-        assert error.errno in ("EINVAL", "ENOSPC"), error
+        assert error.errno == wanted, error
 h.flush()
 """
 
 
 @pytest.mark.parametrize("structured", [True, False])
 def test_random_requests(world: World, structured: bool) -> None:
-    program = f"import nbd\nh = nbd.NBD()\nh.set_request_structured_replies({structured})\nh.connect_uri({world.uri()!r})\n"
-    run("/usr/bin/python3", "-c", program + PROGRAM.format(seed=3, size=SIZE))  # Debian's, which python3-libnbd is for
+    run(*NBDSH, "-c", f"h.set_request_structured_replies({structured})\nh.connect_uri({world.uri()!r})\n" + PROGRAM.format(seed=3, size=SIZE))
 
 
-def test_fio_verifies_what_it_wrote(world: World, tmp_path: Path) -> None:
-    job = f"--name=v --ioengine=nbd --uri={world.uri()} --rw=randwrite --bsrange=4k-256k --iodepth=16 --verify=crc32c --size=16m --fsync=64"
-    run("fio", *job.split(), cwd=tmp_path)
+def test_fio_verifies_what_it_wrote(world: World) -> None:
+    job = (
+        f"--name=v --ioengine=nbd --uri={world.uri()} --rw=randwrite --bsrange=4k-256k --iodepth=16 --verify=crc32c --verify_state_save=0 --size=16m --fsync=64"
+    )
+    run("fio", *job.split())
 
 
 def test_qemu_and_nbdkit_in_front(world: World, tmp_path: Path) -> None:
@@ -191,6 +160,54 @@ def test_qemu_and_nbdkit_in_front(world: World, tmp_path: Path) -> None:
         finally:
             nbdkit.terminate()
     assert (tmp_path / "through").read_bytes() == world.layer.pread(SIZE, 0)
+
+
+def use_as_file(file: Path, image: bytearray) -> None:
+    """Writes to a live file, punches holes with ragged ends into it, and reads it back."""
+    with file.open("r+b", buffering=0) as live:
+        os.pwrite(live.fileno(), b"new" * 1000, 3 * MIB + 5)
+        image[3 * MIB + 5 : 3 * MIB + 3005] = b"new" * 1000
+        for offset, length in ((4 * MIB + 100, 3 * MIB), (9 * MIB, MIB), (12 * MIB + 4095, 2)):
+            run("fallocate", "--punch-hole", "--offset", str(offset), "--length", str(length), file)
+            image[offset : offset + length] = bytes(length)
+        os.fsync(live.fileno())
+        assert os.pread(live.fileno(), SIZE, 0) == image
+
+
+@needs_root()
+@needs_tool("nbdfuse", "fallocate", "fusermount3")
+def test_holes_punched_through_nbdfuse(world: World, tmp_path: Path) -> None:
+    image = bytearray(world.layer.pread(SIZE, 0))
+    file = tmp_path / "live"
+    file.touch()
+    with subprocess.Popen(["nbdfuse", file, world.uri()]) as process:
+        try:
+            while file.stat().st_size != SIZE:
+                assert process.poll() is None
+            use_as_file(file, image)
+        finally:
+            run("fusermount3", "-u", file)
+            process.wait()
+    assert world.layer.pread(SIZE, 0) == image
+
+
+@needs_root()
+@needs_tool("qemu-storage-daemon", "fallocate")
+def test_holes_punched_through_qemus_fuse_export(world: World, tmp_path: Path) -> None:
+    image = bytearray(world.layer.pread(SIZE, 0))
+    file = tmp_path / "live"
+    file.touch()
+    node = ["--blockdev", f"driver=nbd,node-name=disk,export=disk,server.type=unix,server.path={world.socket},discard=unmap"]
+    export = ["--export", f"type=fuse,id=live,node-name=disk,mountpoint={file},writable=on"]
+    with subprocess.Popen(["qemu-storage-daemon", *node, *export]) as process:
+        try:
+            while file.stat().st_size != SIZE:
+                assert process.poll() is None
+            use_as_file(file, image)
+        finally:
+            process.terminate()
+            process.wait()
+    assert world.layer.pread(SIZE, 0) == image
 
 
 def test_flushed_writes_are_durable(pool_path: Path, tmp_path: Path) -> None:
@@ -240,6 +257,23 @@ def test_over_tls(pool: thinpool.Pool, tmp_path: Path, certificates: Path, verif
     world.verify()
 
 
+def test_over_tls_by_a_key(pool: thinpool.Pool, tmp_path: Path) -> None:
+    """Where Python has it (3.13); elsewhere it is refused in words."""
+    keys, other = tmp_path / "keys", tmp_path / "other"
+    keys.write_text("# who: key\nalice:00112233445566778899aabbccddeeff\n")
+    other.write_text("alice:ff112233445566778899aabbccddeeff\n")
+    if not hasattr(ssl.SSLContext, "set_psk_server_callback"):
+        with pytest.raises(thinpool.BadAddress, match="pre-shared keys need Python"):
+            pool.serve_nbd("127.0.0.1:0", keys=keys)
+        return
+    world = World(pool, tmp_path, siblings=False)
+    port = pool.serve_nbd("127.0.0.1:0", keys=keys).rpartition(":")[2]
+    run("nbdcopy", f"nbds://alice@localhost:{port}/disk?tls-psk-file={keys}", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == world.layer.pread(SIZE, 0)
+    with pytest.raises(AssertionError, match="TLS"):
+        run("nbdcopy", f"nbds://alice@localhost:{port}/disk?tls-psk-file={other}", tmp_path / "out")
+
+
 def test_addresses_that_cannot_be(pool: thinpool.Pool, tmp_path: Path) -> None:
     for address in ("nowhere", "127.0.0.1:99999", ":10809", "unix:/no/such/directory/socket", f"unix:{tmp_path}/a\0b", "0.0.0.0:0", "[::]:0"):
         with pytest.raises(thinpool.BadAddress):
@@ -248,13 +282,6 @@ def test_addresses_that_cannot_be(pool: thinpool.Pool, tmp_path: Path) -> None:
     (tmp_path / "server-key.pem").write_text("x")
     with pytest.raises((thinpool.BadAddress, OSError)):
         pool.serve_nbd("127.0.0.1:0", certificates=tmp_path)
-    keys = tmp_path / "keys"
-    keys.write_text("alice:c0ffee\n")
-    if hasattr(ssl.SSLContext, "set_psk_server_callback"):
-        assert tls_context(None, keys, verify_peer=False) is not None
-    else:
-        with pytest.raises(thinpool.BadAddress, match="pre-shared keys need"):
-            tls_context(None, keys, verify_peer=False)
     assert pool.nbd_addresses() == []
 
 
@@ -283,106 +310,3 @@ def test_a_dead_socket_is_replaced_and_a_live_one_is_not(pool: thinpool.Pool, tm
     with pytest.raises(thinpool.BadAddress, match="in use"):
         pool.serve_nbd(f"unix:{path}")
     assert path.stat().st_mode & 0o777 == 0o600
-
-
-# --- clients by hand ---
-
-
-def negotiated(world: World, name: bytes = b"disk") -> socket.socket:
-    client = world.connect()
-    assert client.recv(18, socket.MSG_WAITALL)[:8] == b"NBDMAGIC"
-    client.sendall(struct.pack(">I", 3) + struct.pack(">8sII", b"IHAVEOPT", 1, len(name)) + name)
-    size, _ = struct.unpack(">QH", client.recv(10, socket.MSG_WAITALL))
-    assert size == SIZE
-    return client
-
-
-def request(kind: int, offset: int, length: int, flags: int = 0, magic: int = 0x25609513) -> bytes:
-    return struct.pack(">IHHQQI", magic, flags, kind, 42, offset, length)
-
-
-def test_wrong_requests_get_the_error_that_the_protocol_names(world: World) -> None:
-    client = negotiated(world)
-    cases = [
-        (request(0, SIZE, 512), 22), (request(1, SIZE - 1, 512) + bytes(512), 28), (request(9, 0, 0), 22), (request(0, 0, 512, flags=0x8000), 22),
-        (request(1, 0, 512, flags=0x40) + bytes(512), 22), (request(1, 0, 33 * MIB) + bytes(33 * MIB), 22), (request(0, 0, 33 * MIB), 75),
-        (request(7, 0, 512), 22), (request(6, 0, 512, flags=18), 95), (request(4, SIZE, 1), 28), (request(0, 1 << 63, 512), 22),
-    ]  # fmt: skip
-    before = digest(world.layer)
-    for data, error in cases:
-        client.sendall(data)
-        assert struct.unpack(">IIQ", client.recv(16, socket.MSG_WAITALL)) == (0x67446698, error, 42)
-    assert digest(world.layer) == before
-    client.sendall(request(0, 0, 512))
-    assert struct.unpack(">IIQ", client.recv(16, socket.MSG_WAITALL))[1] == 0
-    assert client.recv(512, socket.MSG_WAITALL) == world.layer.pread(512, 0)
-    client.sendall(request(0, 0, 512, magic=1))
-    assert client.recv(1) == b""
-
-
-def test_many_at_once_with_bad_ones_among_them(world: World) -> None:
-    idle = [world.connect() for _ in range(50)]  # never say a word
-    half = [negotiated(world) for _ in range(50)]
-    for client in half:
-        client.sendall(request(1, 0, 4096)[:20])  # a request cut short
-    good = [negotiated(world) for _ in range(100)]
-    errors: list[BaseException] = []
-
-    def use(number: int, client: socket.socket) -> None:
-        try:
-            data, place = bytes([number]) * 4096, MIB + number * 4096
-            for _ in range(20):
-                client.sendall(request(1, place, 4096) + data + request(0, place, 4096))
-                answer = client.recv(16 + 16 + 4096, socket.MSG_WAITALL)
-                assert answer[32:] == data
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=use, args=(number, client)) for number, client in enumerate(good)]
-    for thread in threads:
-        thread.start()
-    for client in half[::2] + idle[::2]:
-        client.close()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    world.layer.pool.close()  # ends them all
-    for client in (*good, *half[1::2], *idle[1::2]):
-        with suppress(ConnectionResetError):
-            while client.recv(4096):
-                continue
-        client.close()
-    world.others = []
-    world.digests = []
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_noise_hurts_nobody(world: World, seed: int) -> None:
-    """Random bytes, and true messages with a byte or a length changed, in negotiation and transmission."""
-    rng = random.Random(seed)
-    steady, before = negotiated(world), digest(world.layer)
-    option = struct.Struct(">8sII")
-    for _ in range(150):
-        name = b"disk"
-        true = [
-            option.pack(b"IHAVEOPT", kind, len(data)) + data
-            for kind, data in (
-                (STRUCTURED, b""), (LIST, b""), (10, struct.pack(">I4sII15s", 4, name, 1, 15, b"base:allocation")), (STARTTLS, b""),
-                (9, struct.pack(">I4sI", 4, name, 0)), (6, struct.pack(">I4sHHH", 4, name, 2, 1, 3)), (GO, struct.pack(">I4sH", 4, name, 0)),
-            )
-        ]  # fmt: skip
-        noise = bytearray(struct.pack(">I", 3) + b"".join(rng.sample(true, rng.randrange(1, len(true)))) + true[-1])
-        noise += request(0, rng.getrandbits(20), rng.getrandbits(12)) + request(7, 0, 4096) + rng.randbytes(rng.randrange(100))
-        for _ in range(rng.randrange(4)):
-            noise[rng.randrange(len(noise))] = rng.getrandbits(8)
-        with world.connect() as client:
-            client.settimeout(0.2)
-            with suppress(OSError):
-                client.sendall(noise)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(1 << 16):
-                    continue
-        steady.sendall(request(0, 0, 512))
-        assert struct.unpack(">IIQ", steady.recv(528, socket.MSG_WAITALL)[:16]) == (0x67446698, 0, 42)
-    steady.close()
-    assert digest(world.layer) == before

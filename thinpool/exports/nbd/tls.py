@@ -46,7 +46,7 @@ def _use_keys(context: ssl.SSLContext, file: Path) -> None:
                 colon = ""
             if not colon or not known[user]:
                 raise BadAddress(f"{file}: a line is user:hexadecimal")
-    context.set_ciphers("ALL:PSK")
+    context.set_ciphers("ALL:PSK:!aNULL:!eNULL")
     context.set_psk_server_callback(lambda identity: next((key for user, key in known.items() if hmac.compare_digest(user, identity or "")), b""))
 
 

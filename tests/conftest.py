@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-kills", type=int, default=6, help="kills of the server in each test of tests/test_survival.py that loads it")
     parser.addoption("--damage-rounds", type=int, default=1, help="times that each kind of damage is done, from another seed each")
     parser.addoption("--api-examples", type=int, default=6, help="requests of each kind to each route in tests/test_api_schema.py")
+    parser.addoption("--fuzz-examples", type=int, default=200, help="conversations in tests/test_nbd_negotiation.py, twice")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ The life of a use::
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
 import threading
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from ..layer import Layer
     from ..pool import Pool
 
+_LOG = logging.getLogger("thinpool")
 _SECTOR_SIZES = (512, 4096)
 
 
@@ -279,7 +281,10 @@ class Uses:
         if not self._surviving:
             return
         uses = [SavedUse(use.layer.id, use.purpose, use.owner_identity, use.mountpoint, use.device) for use in self._uses.values() if use.state == "up"]
-        Register(uses, self._nbd_settings).write(self._run)
+        try:
+            Register(uses, self._nbd_settings).write(self._run)
+        except OSError as error:  # a full disk must not keep anybody from detaching; what is not in it goes with the server
+            _LOG.warning("%s is not up to date: %s", Register.path(self._run), error)
 
     # --- how ---
 

@@ -43,24 +43,29 @@ class Register:
     uses: Sequence[SavedUse] = field(default_factory=list)
     nbd: Sequence[SavedNbd] = field(default_factory=list)
 
+    @staticmethod
+    def path(run_directory: str) -> Path:
+        """Where it is."""
+        return Path(run_directory, _NAME)
+
     def write(self, run_directory: str) -> None:
-        """Replaces what is there."""
-        path = Path(run_directory, _NAME)
+        """Replaces what is there. Raises OSError."""
+        path = self.path(run_directory)
         new = path.with_suffix(".new")
         new.touch(mode=0o600)
         new.write_text(json.dumps(asdict(self)))
         os.replace(new, path)
 
-    @staticmethod
-    def remove(run_directory: str) -> None:
+    @classmethod
+    def remove(cls, run_directory: str) -> None:
         """Nothing is used any more."""
-        Path(run_directory, _NAME).unlink(missing_ok=True)
+        cls.path(run_directory).unlink(missing_ok=True)
 
     @classmethod
     def read(cls, run_directory: str) -> Register:
         """What is there; nothing where there is no register."""
         try:
-            data = json.loads(Path(run_directory, _NAME).read_text())
+            data = json.loads(cls.path(run_directory).read_text())
         except FileNotFoundError:
             return cls()
         return cls([SavedUse(**use) for use in data["uses"]], [SavedNbd(**nbd) for nbd in data["nbd"]])

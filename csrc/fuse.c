@@ -23,6 +23,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -73,7 +74,9 @@ static void send_reply(int fd, const struct fuse_request *request, int error) {
 #define PIPE_BYTES (1u << 20) /* a page for each block, and one for the header */
 
 static void open_pipe(struct fuse_worker *worker) {
-  if (pipe2(worker->pipe, O_CLOEXEC) == 0) {
+  struct stat found;
+  bool is_device = fstat(worker->fd, &found) == 0 && S_ISCHR(found.st_mode); /* what stands in for it in tests takes no answer in pieces */
+  if (is_device && pipe2(worker->pipe, O_CLOEXEC) == 0) {
     if (fcntl(worker->pipe[1], F_SETPIPE_SZ, PIPE_BYTES) >= (int)PIPE_BYTES) return;
     close(worker->pipe[0]);
     close(worker->pipe[1]);

@@ -54,7 +54,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, layout: Path) -> Iterator[Wor
             assert {layer.name for layer in pool.layers() if layer.name.startswith("containerd/")} == set()
             assert pool.usage().allocated == before
     wait_until(lambda: str(directory) not in run("ps", "-e", "-o", "args"))  # the pool's server ends by itself
-    assert str(directory) not in Path("/proc/self/mounts").read_text()
+    wait_until(lambda: str(directory) not in Path("/proc/self/mounts").read_text())
 
 
 def test_containers_run_on_devices_of_the_pool(here: World) -> None:

@@ -259,7 +259,7 @@ with thinpool.Pool.create(home / "pool") as pool:
     home = tmp_path / "home"
     run("cp", "-r", layout, tmp_path / "layout")
     run("chmod", "-R", "a+rX", tmp_path / "layout")
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    for parent in (tmp_path, *tmp_path.parents[:3]):
         parent.chmod(parent.stat().st_mode | 0o711)
     home.mkdir()
     os.chown(home, 65534, 65534)

@@ -5,10 +5,12 @@ Defaults are those of Docker's containers, except that the network is the host's
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +32,7 @@ _MASKED = (
     "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
 )  # fmt: skip
 _READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+_GROUP_SECONDS = 5.0
 _QUIET = ("nosuid", "noexec", "nodev")
 
 
@@ -91,9 +94,20 @@ def sweep(directory: Path) -> None:
             subprocess.run([*_words(runtime, directory), "delete", "--force", name], check=False, capture_output=True)
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             if " - cgroup2 " in line:  # a group that runc has made where it now does not look (container_init.py, init)
-                with suppress(OSError):
-                    os.rmdir(f"{line.split()[4]}/{name}")
+                _remove_group(f"{line.split()[4]}/{name}")
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_group(path: str) -> None:
+    """Removes a control group, if it is there: it is busy for as long as the kernel has not done with its last process."""
+    deadline = time.monotonic() + _GROUP_SECONDS
+    while True:
+        try:
+            return os.rmdir(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                return None
+        time.sleep(0.01)
 
 
 def _words(runtime: str, directory: Path) -> list[str]:

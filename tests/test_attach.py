@@ -151,8 +151,9 @@ def test_it_goes_when_its_owner_ends(pool: thinpool.Pool) -> None:
     owner.kill()
     owner.wait()
     wait_until(lambda: pool.attachments() == [])
-    with pytest.raises(thinpool.LayerState, match="no process"):
-        layer.attach(owner=owner.pid)
+    for pid in (owner.pid, -1, 1 << 31, 1 << 80):
+        with pytest.raises(thinpool.LayerState, match="no process"):
+            layer.attach(owner=pid)
     layer.attach()
 
 

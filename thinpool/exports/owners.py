@@ -42,8 +42,8 @@ class Owners(Generic[Use]):
         """Watch a process. Raises :class:`~thinpool.errors.LayerState` where there is none of that pid."""
         try:
             descriptor = os.pidfd_open(pid)
-        except OSError as error:
-            raise LayerState(f"no process {pid} to own it: {error.strerror}") from error
+        except (OSError, OverflowError) as error:  # the latter: no pid is that large
+            raise LayerState(f"no process {pid} to own it: {error}") from error
         with self._lock:
             self._watched[descriptor] = use
             if self._thread is None:

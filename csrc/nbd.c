@@ -275,11 +275,11 @@ struct nbd_job *nbd_free_job(struct nbd_connection *c) {
   return job->memory == NULL ? NULL : job;
 }
 
-/* Alone, it is done at once: another thread would only cost the time of waking it. */
+/* What is small or alone is done at once: another thread would only cost the time of waking it. */
 bool nbd_start_job(struct nbd_connection *c, struct nbd_job *job) {
   struct nbd_helper *helper = &c->helper;
   pthread_mutex_lock(&helper->mutex);
-  bool hand_over = helper->count > 0 || has_more(c);
+  bool hand_over = job->request.length > NBD_ALONE_MAX && (helper->count > 0 || has_more(c));
   if (hand_over && !helper->started) hand_over = helper->started = pthread_create(&helper->thread, NULL, run_helper, c) == 0;
   if (hand_over) {
     helper->count++;

@@ -72,7 +72,8 @@ struct nbd_structured_head {
 
 /* --- a connection, and the threads that serve it --- */
 
-#define NBD_TAKE_MAX (32u << 10)     /* bytes of a payload that is used where it was received, and of a change that is made at once */
+#define NBD_TAKE_MAX (32u << 10)     /* bytes of a payload that is used where it was received, and of a change that is answered with others */
+#define NBD_ALONE_MAX (128u << 10)   /* bytes of a change that is made by the thread that received it: handing it over would take longer */
 #define NBD_BATCH_BYTES (256u << 10) /* of data in replies that wait to be sent; but for a single one that may not be cut */
 #define NBD_REPLIES 64u              /* that wait to be sent */
 #define NBD_JOBS 4u

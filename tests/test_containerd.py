@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 from commandline import wait_until
 from conftest import missing, needs_tool
 from imageworld import umoci_image
+from nbdworld import EXPORT_NAME, option, take
 from snapshotclient import Client
 
 import thinpool
@@ -210,6 +213,16 @@ def test_usage_counts_the_inodes_of_what_was_unmounted(client: Client, tmp_path:
     assert [client("Usage", key=key).inodes for key in ("below", "above")] == [2, 1]
 
 
+def test_usage_of_what_was_committed_while_it_was_mounted(client: Client, tmp_path: Path) -> None:
+    with client.mounted(tmp_path / "mnt", "Prepare", key="a") as root:
+        (root / "file").write_bytes(os.urandom(MIB))
+        client("Commit", key="a", name="committed")
+        mounted = client("Usage", key="committed")
+    client("Cleanup")
+    for usage in (mounted, client("Usage", key="committed")):
+        assert (MIB <= usage.size < 2 * MIB, usage.inodes) == (True, 1)
+
+
 def size_of(root: Path) -> int:
     status = os.statvfs(root)
     return status.f_blocks * status.f_frsize
@@ -347,6 +360,20 @@ def test_a_snapshot_that_is_mounted_can_be_removed(client: Client, pool: thinpoo
         client("Cleanup")
         (root / "file").write_bytes(b"works on")
     wait_until(lambda: not pool.attachments() and not layers_of_snapshots(pool))
+
+
+def test_what_is_read_over_nbd_goes_when_it_is_read_no_more(client: Client, pool: thinpool.Pool, tmp_path: Path) -> None:
+    client("Prepare", key="a")
+    client("Commit", key="a", name="committed")
+    pool.serve_nbd(f"unix:{tmp_path}/nbd")
+    with socket.socket(socket.AF_UNIX) as reader:
+        reader.connect(str(tmp_path / "nbd"))
+        assert take(reader, 18)[:8] == b"NBDMAGIC"
+        reader.sendall(struct.pack(">I", 3) + option(EXPORT_NAME, layer_name("committed").encode()))
+        assert len(take(reader, 10)) == 10
+        client("Remove", key="committed")
+        assert client.names() == set()
+    wait_until(lambda: not layers_of_snapshots(pool))
 
 
 def test_what_was_removed_gives_all_back(client: Client, pool: thinpool.Pool, tmp_path: Path) -> None:

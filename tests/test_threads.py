@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import invariants
 
 import thinpool
 from thinpool import Pool
+from thinpool.server.wire import record_of
 
 MIB = 1 << 20
 
@@ -108,3 +110,21 @@ def test_deleting_a_layer_ends_its_writers(pool: Pool) -> None:
     for thread in threads:
         thread.join(20)
     assert outcomes == [thinpool.LayerDeleted] * 4
+
+
+def test_a_layer_can_be_asked_about_while_its_parent_is_deleted(pool: Pool) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            parent = pool.create_layer("parent", MIB)
+            child = parent.snapshot("child")
+            deleting = threading.Thread(target=parent.delete)
+            deleting.start()
+            while (found := record_of(child)).parent is not None:
+                assert (found.parent_id, found.parent) == (parent.id, "parent")
+            assert found.parent_id is None
+            deleting.join()
+            child.delete()
+    finally:
+        sys.setswitchinterval(interval)

@@ -135,6 +135,11 @@ class Catalog:
         """Id and name of each layer, oldest first."""
         return sorted((layer_id, record.name) for layer_id, record in self._records.items())
 
+    def parents(self, layer_id: int) -> list[int]:
+        """The layer's parent, if it has one still."""
+        record = self._records.get(layer_id)
+        return [] if record is None or record.parent is None else [record.parent]
+
     def children(self, layer_id: int) -> list[int]:
         return sorted(self._children.get(layer_id, ()))
 

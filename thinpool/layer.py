@@ -86,14 +86,14 @@ class Layer:
     @property
     def parent(self) -> Layer | None:
         """The layer it was made from; ``None``: none, or deleted since."""
-        parent = self._record().parent
-        return None if parent is None else self._pool.layer_by_id(parent)
+        self._record()
+        return next(iter(self._pool.related(lambda catalog: catalog.parents(self.id))), None)
 
     @property
     def children(self) -> list[Layer]:
         """The layers made from it, oldest first."""
         self._record()
-        return self._pool.children(self.id)
+        return self._pool.related(lambda catalog: catalog.children(self.id))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layer) and other._pool is self._pool and other.id == self.id

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -303,9 +303,9 @@ class Pool:
         self._require_open()
         return self._catalog.get(layer_id)
 
-    def children(self, layer_id: int) -> list[Layer]:
-        with self._lock:
-            return [self.layer_by_id(child) for child in self._catalog.children(layer_id)]
+    def related(self, find: Callable[[Catalog], Iterable[int]]) -> list[Layer]:
+        with self._lock:  # else a layer that was found could be deleted before it is looked up
+            return [self.layer_by_id(layer_id) for layer_id in find(self._catalog)]
 
     def require_free(self, name: str) -> None:
         """Raises BadName or LayerExists where no layer can be given that name."""

@@ -209,10 +209,10 @@ class Snapshotter:
     def usage(self, pool: PoolAPI, key: str) -> tuple[int, int]:
         """Bytes and inodes by which a snapshot differs from its parent: what has reached the layer. Raises LayerNotFound."""
         layer, snapshot = self._find(pool, key)
-        parent = self._find(pool, snapshot.parent)[0] if snapshot.parent else layer.parent
-        extents = layer.extents() if parent is None else pool.diff(parent, layer)
-        size = sum(extent.length for extent in extents if extent.kind == "data")
-        inodes = _inodes(layer, snapshot.filesystem) - (0 if parent is None else _inodes(parent, snapshot.filesystem))
+        # Not the layer's own parent: that of one which was committed while it was mounted is the active one.
+        parent = self._find(pool, snapshot.parent)[0] if snapshot.parent else base_layer(pool, snapshot.filesystem, layer.size)
+        size = sum(extent.length for extent in pool.diff(parent, layer) if extent.kind == "data")
+        inodes = _inodes(layer, snapshot.filesystem) - _inodes(parent, snapshot.filesystem)
         return size, max(inodes, 0)
 
     # --- what is left over ---
@@ -243,12 +243,13 @@ class Snapshotter:
     def _discard(self, pool: PoolAPI, layer: LayerAPI) -> bool:
         try:
             if self._let_go(pool, layer) is None:
-                layer.delete()
-                return True
-        except LayerDeleted:
+                with suppress(LayerBusy):  # others may read it over NBD
+                    layer.delete()
+                    return True
+            if not is_removed(layer.name):
+                layer.rename(removed_name())
+        except LayerDeleted:  # the reaper was quicker
             return True
-        if not is_removed(layer.name):
-            layer.rename(removed_name())
         self._on_leftover()
         return False
 

@@ -65,7 +65,7 @@ class LayerRecord:
 
 def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
     """What there is to say about a layer now."""
-    parent = layer.parent
+    parent, parent_name = _parent_of(layer)
     return LayerRecord(
         id=layer.id,
         name=layer.name,
@@ -75,10 +75,19 @@ def record_of(layer: LayerAPI, *, with_usage: bool = False) -> LayerRecord:
         labels=dict(layer.labels),
         digests=dict(layer.digests),
         parent_id=None if parent is None else parent.id,
-        parent=None if parent is None else parent.name,
+        parent=parent_name,
         limits=layer.limits,
         usage=layer.usage() if with_usage else None,
     )
+
+
+def _parent_of(layer: LayerAPI) -> tuple[LayerAPI | None, str | None]:
+    """A layer's parent and its name; one that is deleted between the two is none, and does not make the layer a deleted one."""
+    parent = layer.parent
+    try:
+        return parent, None if parent is None else parent.name
+    except errors.LayerDeleted:
+        return None, None
 
 
 def records_of(pool: PoolAPI, label: str | None = None, *, with_usage: bool = False) -> list[LayerRecord]:

@@ -8,6 +8,7 @@ one fails. :meth:`World.reboot` settles what the disk held unsynced, and the poo
 from __future__ import annotations
 
 import json
+import mmap
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from thinpool.pool import Pool
 from thinpool.poolfiles import PoolFiles
 
 SECTOR = 512
-BLOCK = 4096
+DISK_BYTES = 1 << 30  # of addresses; only what was written takes memory
 GARBAGE = 0xEE
 EIO = 5
 
@@ -37,9 +38,9 @@ class Disk:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._durable: dict[int, bytes] = {}
-        self._seen: dict[int, bytes] = {}
+        self._durable, self._seen = (memoryview(mmap.mmap(-1, DISK_BYTES)) for _ in range(2))
         self._unsynced: list[tuple[int, bytes | int]] = []  # offset and data, or the length of a punch
+        self._touched: list[slice] = []  # where the two may differ, or did since the power was last gone
         self._length = self._durable_length = 0
         signatures = {
             "pread": "int64_t(void *, void *, uint64_t, uint64_t)",
@@ -59,7 +60,7 @@ class Disk:
     def _pread(self, _: Any, buffer: Any, length: int, offset: int) -> int:
         if self._world.dark:
             return -EIO
-        _ffi.memmove(buffer, self._read(self._seen, offset, length), length)
+        _ffi.memmove(buffer, self._seen[offset : offset + length], length)
         return length
 
     def _pwrite(self, _: Any, buffer: Any, length: int, offset: int) -> int:
@@ -70,7 +71,7 @@ class Disk:
 
     def _change(self, offset: int, what: bytes | int, result: int) -> int:
         def effect() -> None:
-            self._apply(self._seen, offset, what if isinstance(what, bytes) else bytes(what))
+            self._touched.append(self._apply(self._seen, offset, what))
             self._unsynced.append((offset, what))
 
         return result if self._world.step(effect) else -EIO
@@ -78,7 +79,7 @@ class Disk:
     def _sync(self, _: Any) -> int:
         def effect() -> None:
             for offset, what in self._unsynced:
-                self._apply(self._durable, offset, what if isinstance(what, bytes) else bytes(what))
+                self._apply(self._durable, offset, what)
             self._unsynced.clear()
             self._durable_length = self._length
 
@@ -96,20 +97,11 @@ class Disk:
     # --- bytes ---
 
     @staticmethod
-    def _read(blocks: dict[int, bytes], offset: int, length: int) -> bytes:
-        first, last = offset // BLOCK, (offset + length - 1) // BLOCK
-        content = b"".join(blocks.get(block, bytes(BLOCK)) for block in range(first, last + 1))
-        return content[offset - first * BLOCK :][:length]
-
-    @staticmethod
-    def _apply(blocks: dict[int, bytes], offset: int, data: bytes) -> None:
-        done = 0
-        while done < len(data):
-            block, within = divmod(offset + done, BLOCK)
-            piece = data[done : done + BLOCK - within]
-            old = blocks.get(block, bytes(BLOCK))
-            blocks[block] = old[:within] + piece + old[within + len(piece) :]
-            done += len(piece)
+    def _apply(content: memoryview, offset: int, what: bytes | int) -> slice:
+        data = what if isinstance(what, bytes) else bytes(what)
+        where = slice(offset, offset + len(data))
+        content[where] = data
+        return where
 
     def settle(self, rng: random.Random) -> None:
         """What becomes of unsynced changes when the power goes: each is kept, forgotten, torn by sectors, or garbled."""
@@ -126,7 +118,9 @@ class Disk:
                     garbled = fate == "garble" and isinstance(what, bytes) and rng.random() < 0.5
                     self._apply(self._durable, offset + start, bytes([GARBAGE]) * len(piece) if garbled else piece)
         self._unsynced.clear()
-        self._seen = dict(self._durable)
+        for where in self._touched:
+            self._seen[where] = self._durable[where]
+        self._touched.clear()
         self._length = rng.choice((self._length, self._durable_length))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE, LAYER = range(1, 8)
 PAGE = 1024
@@ -86,12 +87,40 @@ class Reader:
         return values
 
 
+Node = tuple[int, list[int], dict[int, list[int]]]
+"""Level, entries, and what split ones name per block."""
+
+
+# Most records are what they were when a test last looked.
+@lru_cache(maxsize=1 << 12)
+def _node(key: bytes, value: bytes, blocks: int) -> Node:
+    reader = Reader(NODE, key, value)
+    level, entries, splits = reader.varint(), reader.array(FANOUT), {}
+    if level == 0:
+        at = 0
+        for _ in range(reader.varint()):
+            at += reader.varint()
+            own = reader.varint()
+            splits[at] = reader.array(blocks)
+            assert own == 0 or own in splits[at], "a split's own chunk is one it names"
+            assert entries[at] == 0
+    assert reader.position == len(value)
+    return level, entries, splits
+
+
+@lru_cache(maxsize=1 << 10)
+def _counts(kind: int, key: bytes, value: bytes) -> dict[int, int]:
+    """Those of a page that are not 0."""
+    first = int.from_bytes(key, "big") * PAGE
+    return {first + i: count for i, count in enumerate(Reader(kind, key, value).array(PAGE)) if count}
+
+
 @dataclass
 class Stored:
     """All records of a pool, decoded."""
 
     blocks: int
-    nodes: dict[int, tuple[int, list[int], dict[int, list[int]]]] = field(default_factory=dict)  # level, entries, splits
+    nodes: dict[int, Node] = field(default_factory=dict)
     chunks: dict[int, int] = field(default_factory=dict)
     node_counts: dict[int, int] = field(default_factory=dict)
     summaries: dict[int, int] = field(default_factory=dict)
@@ -113,22 +142,10 @@ def load(records: Records, chunk_size: int) -> Stored:
     """Decodes everything."""
     stored = Stored(blocks=chunk_size // 4096)
     for key, value in records(NODE):
-        reader = Reader(NODE, key, value)
-        level, entries, splits = reader.varint(), reader.array(FANOUT), {}
-        if level == 0:
-            at = 0
-            for _ in range(reader.varint()):
-                at += reader.varint()
-                own = reader.varint()
-                splits[at] = reader.array(stored.blocks)
-                assert own == 0 or own in splits[at], "a split's own chunk is one it names"
-                assert entries[at] == 0
-        assert reader.position == len(value)
-        stored.nodes[int.from_bytes(key, "big")] = (level, entries, splits)
+        stored.nodes[int.from_bytes(key, "big")] = _node(key, value, stored.blocks)
     for kind, into in ((CHUNK_PAGE, stored.chunks), (NODE_PAGE, stored.node_counts), (SUMMARY, stored.summaries)):
         for key, value in records(kind):
-            page = int.from_bytes(key, "big")
-            into.update((page * PAGE + i, count) for i, count in enumerate(Reader(kind, key, value).array(PAGE)) if count)
+            into.update(_counts(kind, key, value))
     for key, value in records(MAP):
         reader = Reader(MAP, key, value)
         stored.maps[int.from_bytes(key, "big")] = {name: reader.varint() for name in ("root", "height", "size", "mapped_refs", "sealed")}
@@ -173,12 +190,13 @@ def check(records: Records, chunk_size: int) -> Stored:
 
 def _check_totals(stored: Stored) -> None:
     state = stored.state
-    assert state["allocated"] == sum(value > 1 for value in stored.chunks.values()), "I3: chunks allocated"
-    assert state["dirty"] == sum(value == 1 for value in stored.chunks.values()), "I3: chunks dirty"
+    used = Counter(chunk // PAGE for chunk, value in stored.chunks.items() if value > 1)
+    dirty = Counter(chunk // PAGE for chunk, value in stored.chunks.items() if value == 1)
+    assert state["allocated"] == used.total(), "I3: chunks allocated"
+    assert state["dirty"] == dirty.total(), "I3: chunks dirty"
     assert all(node < state["next_node"] for node in stored.nodes), "node ids are never used twice"
     for page in range(state["pages"]):
-        values = [stored.chunks.get(page * PAGE + i, 0) for i in range(PAGE)]
-        summary = values.count(0) + (values.count(1) << 16)
+        summary = PAGE - used[page] - dirty[page] + (dirty[page] << 16)
         assert stored.summaries.get(page, 0) == summary, f"summary of page {page}: {stored.summaries.get(page, 0):#x}, not {summary:#x}"
 
 

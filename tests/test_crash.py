@@ -5,7 +5,6 @@ The seed is in the test's name; ``--crash-cuts`` sets how many cuts a run makes 
 
 from __future__ import annotations
 
-import copy
 import random
 import threading
 from collections.abc import Callable
@@ -27,7 +26,7 @@ class Content:
     """What a layer holds."""
 
     key: int  # whatever its name is by now
-    data: bytearray
+    data: bytes
     sealed: bool = False
     other_size: int | None = None  # it may have this one too: a commit ran in the middle of a resize
     # Changes since the last durable state: (offset, bytes). Any of them may be there after a crash, torn or garbled.
@@ -35,6 +34,29 @@ class Content:
 
 
 Model = dict[str, Content]
+
+
+def copied(model: Model) -> Model:
+    """The same as it is now, durable or about to be: with nothing changed since."""
+    return {name: Content(content.key, content.data, content.sealed) for name, content in model.items()}
+
+
+def overwritten(old: bytes, offset: int, data: bytes) -> bytes:
+    view = memoryview(old)
+    return b"".join((view[:offset], data, view[offset + len(data) :]))
+
+
+def resized(old: bytes, size: int) -> bytes:
+    return old[:size].ljust(size, b"\0")
+
+
+_DIFFERS = bytes([0]) + bytes([1]) * 255
+
+
+def differing(found: bytes, other: bytes) -> int:
+    """As a number in base 256, the first byte lowest: 1 where two equally long pieces differ, 0 elsewhere."""
+    xor = int.from_bytes(found, "little") ^ int.from_bytes(other, "little")
+    return int.from_bytes(xor.to_bytes(len(found), "little").translate(_DIFFERS), "little")
 
 
 class Workload:
@@ -58,14 +80,14 @@ class Workload:
         commit = self.pool._committer.commit
 
         def observed() -> None:
-            self.frozen = copy.deepcopy(self.now)
+            self.frozen = copied(self.now)
             commit()
 
         self.pool._committer.commit = observed  # type: ignore[method-assign]
 
     def _committed(self) -> None:
         """The store has a new state: that of the freeze, all of whose data was synced before."""
-        self.durable = {name: Content(content.key, content.data, content.sealed) for name, content in self.frozen.items()}
+        self.durable = copied(self.frozen)
         if self.changing:  # a commit in the middle of an operation, to make room
             self._note(*self.changing)
         for content in self.durable.values():
@@ -106,12 +128,16 @@ class Workload:
     def create(self) -> None:
         name, size = self._name(), self.rng.choice((1, 6000, 20 * self.chunk_size, 300 * 4096))
         self.pool.create_layer(name, size)
-        self.now[name] = Content(self._serial, bytearray(size))
+        self.now[name] = Content(self._serial, bytes(size))
 
     def _changing(self, name: str, offset: int, data: bytes) -> None:
         """Noted before it is done: the power may go half-way."""
         self.changing = (self.now[name].key, offset, data)
         self._note(*self.changing)
+
+    def _changed(self, name: str, offset: int, data: bytes) -> None:
+        """It is done."""
+        self.now[name].data = overwritten(self.now[name].data, offset, data)
 
     def _note(self, key: int, offset: int, data: bytes) -> None:
         for content in self.durable.values():
@@ -126,7 +152,7 @@ class Workload:
         data = bytes([self._tag if self._tag != GARBAGE else 251]) * length
         self._changing(name, offset, data)
         self.pool.layer(name).pwrite(data, offset)
-        self.now[name].data[offset : offset + length] = data
+        self._changed(name, offset, data)
 
     def discard(self) -> None:
         if (name := self._pick(writable=True)) is None:
@@ -135,21 +161,21 @@ class Workload:
         offset, length = (0, size) if self.rng.random() < 0.1 else self._range(size)
         self._changing(name, offset, bytes(length))
         self.pool.layer(name).discard(offset, length)
-        self.now[name].data[offset : offset + length] = bytes(length)
+        self._changed(name, offset, bytes(length))
 
     def snapshot(self) -> None:
         if (name := self._pick()) is None or len(self.now) > 12:
             return
         new = self._name()
         self.pool.layer(name).snapshot(new)
-        self.now[new] = Content(self._serial, bytearray(self.now[name].data), True)
+        self.now[new] = Content(self._serial, self.now[name].data, True)
 
     def clone(self) -> None:
         if (name := self._pick()) is None or len(self.now) > 12:
             return
         new, size = self._name(), len(self.now[name].data) + self.rng.choice((0, 0, 5000))
         self.pool.layer(name).clone(new, size)
-        self.now[new] = Content(self._serial, self.now[name].data + bytes(size - len(self.now[name].data)))
+        self.now[new] = Content(self._serial, resized(self.now[name].data, size))
 
     def share(self) -> None:
         """As an import does: let an entry name a chunk of another layer, void what layers know, compare."""
@@ -161,7 +187,7 @@ class Workload:
         if 0 in counts:
             return
         index, place = (self.rng.randrange(count) for count in counts)
-        data = bytes(self.now[source].data[index * size : (index + 1) * size])
+        data = self.now[source].data[index * size : (index + 1) * size]
         chunk = self.pool.layer(source).handle.chunk_at(index)
         if chunk is None:
             return
@@ -170,7 +196,7 @@ class Workload:
         assert handle.map_shared(place, chunk)
         self.pool.engine.revoke()
         assert handle.equal(data, place * size)
-        self.now[target].data[place * size : (place + 1) * size] = data
+        self._changed(target, place * size, data)
 
     def copy(self) -> None:
         """A sealed copy in chunks of its own, something made from it, and then the two are made one."""
@@ -178,21 +204,21 @@ class Workload:
         if not sealed or len(self.now) > 11:
             return
         name, new = self.rng.choice(sealed), self._name()
-        data = bytes(self.now[name].data)
+        data = self.now[name].data
         self.pool.create_layer(new, len(data))
-        self.now[new] = Content(self._serial, bytearray(len(data)))
+        self.now[new] = Content(self._serial, bytes(len(data)))
         for extent in self.pool.layer(name).extents():
             if extent.kind == "data":
                 piece = data[extent.offset : extent.offset + extent.length]
                 self._changing(new, extent.offset, piece)
                 self.pool.layer(new).pwrite(piece, extent.offset)
-                self.now[new].data[extent.offset : extent.offset + extent.length] = piece
+                self._changed(new, extent.offset, piece)
         self.changing = None
         self.pool.layer(new).seal()
         self.now[new].sealed = True
         clone = self._name()
         self.pool.layer(new).clone(clone)
-        self.now[clone] = Content(self._serial, bytearray(data))
+        self.now[clone] = Content(self._serial, data)
         for _ in range(self.rng.randrange(3)):
             self.write()
         assert make_one(self.pool, self.pool.layer(name), self.pool.layer(new))
@@ -210,7 +236,7 @@ class Workload:
             return
         self.pool.layer(name).reset(to=other)
         data = self.now[other].data
-        self.now[name].data = data + bytes(max(0, len(self.now[name].data) - len(data)))
+        self.now[name].data = resized(data, max(len(data), len(self.now[name].data)))
 
     def resize(self) -> None:
         if (name := self._pick(writable=True)) is None:
@@ -221,7 +247,7 @@ class Workload:
         if size < old:
             self._changing(name, size, bytes(old - size))
         self.pool.layer(name).resize(size, allow_shrink=True)
-        self.now[name].data = self.now[name].data[:size] + bytes(max(0, size - old))
+        self.now[name].data = resized(self.now[name].data, size)
 
     def seal(self) -> None:
         if (name := self._pick(writable=True)) is not None:
@@ -237,7 +263,7 @@ class Workload:
     def flush(self) -> None:
         self.pool.commit()
         # Also without a new record, all data is on disk now.
-        self.durable = copy.deepcopy(self.now)
+        self.durable = copied(self.now)
 
     def reclaim(self) -> None:
         self.pool.engine.reclaim(self.rng.choice((1, 300, 10000)))
@@ -250,7 +276,7 @@ class Workload:
 
     def read(self) -> None:
         if (name := self._pick()) is not None:
-            assert self.pool.layer(name).pread(len(self.now[name].data), 0) == bytes(self.now[name].data), f"{name} reads wrong before a crash"
+            assert self.pool.layer(name).pread(len(self.now[name].data), 0) == self.now[name].data, f"{name} reads wrong before a crash"
 
     # --- crashes ---
 
@@ -261,28 +287,35 @@ class Workload:
         invariants.check(self.world.records.of_kind, self.chunk_size)  # I5: without repair
         self._open()
         assert {layer.name for layer in self.pool.layers()} == set(self.durable), "I8: another set of layers than was committed"
-        for name, content in self.durable.items():
-            self._verify(name, content)
-        self.now = {name: Content(c.key, bytearray(self.pool.layer(name).pread(len(c.data), 0)), c.sealed) for name, c in self.durable.items()}
-        self.durable = copy.deepcopy(self.now)
+        self.now = {name: self._verified(name, content) for name, content in self.durable.items()}
+        self.durable = copied(self.now)
 
-    def _verify(self, name: str, content: Content) -> None:
+    def _verified(self, name: str, content: Content) -> Content:
+        """What a layer holds now, all of which it may."""
         layer = self.pool.layer(name)
         assert layer.size in (len(content.data), content.other_size)
-        content.data = content.data[: layer.size] + bytes(max(0, layer.size - len(content.data)))
+        was = resized(content.data, layer.size)
         assert layer.sealed == content.sealed
         found = layer.pread(layer.size, 0)
-        if found == bytes(content.data):
-            return
-        allowed: dict[int, set[int]] = {}
-        for offset, data in content.since:
-            for at in range(offset, min(offset + len(data), len(found))):
-                allowed.setdefault(at, {GARBAGE}).add(data[at - offset])
-        for at, (is_now, was) in enumerate(zip(found, content.data, strict=True)):
-            if is_now != was:
-                what = "changed although nothing wrote there (I5, I6)" if at not in allowed else "holds what was never written there (I6)"
-                assert is_now in allowed.get(at, ()), f"{name} at {at}: {is_now} for {was}: {what}"
-                assert not content.sealed, f"{name} is sealed and changed at {at} (I7)"
+        if found != was:
+            assert not content.sealed, f"{name} is sealed and changed (I7)"
+            self._verify_changes(name, found, was, content.since)
+        return Content(content.key, found, content.sealed)
+
+    @staticmethod
+    def _verify_changes(name: str, found: bytes, was: bytes, since: list[tuple[int, bytes]]) -> None:
+        """Each byte is what it was, or what was written there since, or garbage where something was."""
+        unexplained = bytearray(differing(found, was).to_bytes(len(found), "little"))
+        written = bytearray(len(found))
+        for offset, data in since:
+            where = slice(offset, min(offset + len(data), len(found)))
+            piece = found[where]
+            strange = differing(piece, data[: len(piece)]) & differing(piece, bytes([GARBAGE]) * len(piece))
+            unexplained[where] = (int.from_bytes(unexplained[where], "little") & strange).to_bytes(len(piece), "little")
+            written[where] = b"\1" * len(piece)
+        at = unexplained.find(1)
+        what = "holds what was never written there (I6)" if written[at] else "changed although nothing wrote there (I5, I6)"
+        assert at < 0, f"{name} at {at}: {found[at]} for {was[at]}: {what}"
 
     def run_until_cut(self, steps: int) -> None:
         """Works until the power goes that many steps from now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -52,6 +53,17 @@ def test_clean_sealed_and_cloned(pool: thinpool.Pool, tmp_path: Path, kind: str,
         assert (tmp_path / clone.name / "own").read_text() == clone.name
         assert (tmp_path / clone.name / "etc/content").stat().st_size == 200_000
         clone.unmount()
+
+
+def test_an_ext4_has_no_orphan_file_whatever_the_hosts_defaults(tmp_path: Path) -> None:
+    (tmp_path / "conf").write_text("[fs_types]\next4 = {\nfeatures = has_journal,extent,64bit,orphan_file\n}\n")
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    command = blank._mkfs_command("ext4", 64 << 20, image)
+    subprocess.run(command, check=True, env={**os.environ, "MKE2FS_CONFIG": str(tmp_path / "conf")})
+    (compatible,) = struct.unpack_from("<I", image.read_bytes()[1024:2048], 0x5C)
+    assert compatible & 0x1000 == 0
 
 
 def test_failure_leaves_nothing(pool: thinpool.Pool, tmp_path: Path) -> None:

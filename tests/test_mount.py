@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commandline import wait_until
 from conftest import needs_root, needs_tool
+from outofsight import written_out_of_sight
 
 import thinpool
 
@@ -192,3 +193,13 @@ def test_what_cannot_be_mounted_leaves_nothing(pool: thinpool.Pool, directory: P
     with pytest.raises(thinpool.ToolFailed, match="broken"):
         broken.mount(directory)
     assert pool.attachments() == []
+
+
+def test_what_was_written_out_of_sight_is_kept_when_the_pool_is_closed(pool_path: Path, directory: Path) -> None:
+    with thinpool.Pool.create(pool_path) as pool:
+        with written_out_of_sight(make_filesystem(pool, "ext4").attach().device, directory):
+            pool.close()
+    with thinpool.Pool.open(pool_path) as pool:
+        pool.layer("disk").mount(directory)
+        assert (directory / "file").read_text() == "not synced"
+        pool.layer("disk").unmount()

@@ -223,6 +223,8 @@ class Uses:
         self._owners.close()
         for use in reversed(uses):
             self._force(use)
+        if any(backing_file(number, self._run) is not None for number in devices()):
+            os.sync()  # mounted where only others see it, as in a container that ends after this: what it has written so far is kept
         with self._tree_lock:
             if self._tree is not None:
                 self._tree.close()

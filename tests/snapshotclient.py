@@ -58,11 +58,11 @@ class Client:
         return str(mount.source)
 
     @contextmanager
-    def mounted(self, directory: Path, call: str = "Mounts", /, **fields: Any) -> Iterator[Path]:
-        """A snapshot's file system, mounted as the service says."""
+    def mounted(self, directory: Path, call: str = "Mounts", /, *, add: str = "", **fields: Any) -> Iterator[Path]:
+        """A snapshot's file system, mounted as the service says, and with one option more."""
         (mount,) = self(call, **fields).mounts
         directory.mkdir(exist_ok=True)
-        subprocess.run(["mount", "-t", mount.type, "-o", ",".join(mount.options), mount.source, directory], check=True)
+        subprocess.run(["mount", "-t", mount.type, "-o", ",".join([*mount.options, *filter(None, [add])]), mount.source, directory], check=True)
         try:
             yield directory
         finally:

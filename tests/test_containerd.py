@@ -6,7 +6,6 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,6 +16,7 @@ from commandline import wait_until
 from conftest import missing, needs_tool
 from imageworld import umoci_image
 from nbdworld import EXPORT_NAME, option, take
+from outofsight import written_out_of_sight
 from snapshotclient import Client
 
 import thinpool
@@ -324,31 +324,29 @@ def test_a_file_system_that_a_killed_one_left_frozen_is_thawed(client: Client, p
         assert thawed
 
 
-HOLDER = """
-import ctypes, os, sys
-libc = ctypes.CDLL(None, use_errno=True)
-assert libc.unshare(0x20000) == 0  # CLONE_NEWNS
-assert libc.mount(None, b"/", None, 0x44000, None) == 0  # MS_REC | MS_PRIVATE
-source, directory, kind, data = (word.encode() for word in sys.argv[1:])
-assert libc.mount(source, directory, kind, 0, data) == 0, os.strerror(ctypes.get_errno())
-with open(directory + b"/file", "w") as file:
-    file.write("not synced")
-print("mounted", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_a_snapshot_that_is_mounted_out_of_sight_can_be_committed(client: Client, pool: thinpool.Pool, tmp_path: Path) -> None:
-    device = client.device("Prepare", key="a")
-    command = [sys.executable, "-c", HOLDER, device, tmp_path, "ext4", "discard"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "mounted\n"
+    with written_out_of_sight(client.device("Prepare", key="a"), tmp_path):
         client("Commit", key="a", name="committed")
         with client.mounted(tmp_path / "view", "View", key="view", parent="committed") as view:
             assert (view / "file").read_text() == "not synced"
-        holder.communicate("")
     wait_until(lambda: [one.layer for one in pool.attachments()] == [layer_name("view")])
+
+
+def test_a_snapshot_that_is_mounted_can_be_read_meanwhile(client: Client, pool: thinpool.Pool, tmp_path: Path) -> None:
+    with client.mounted(tmp_path / "mnt", "Prepare", key="a") as root:
+        (root / "file").write_bytes(b"first")
+        with client.mounted(tmp_path / "reader", "Mounts", key="a", add="ro") as reader:
+            assert (reader / "file").read_bytes() == b"first"
+            assert subprocess.run(["touch", reader / "file"], capture_output=True, check=False).returncode != 0
+            (root / "file").write_bytes(b"second")
+            assert (reader / "file").read_bytes() == b"second"
+    with client.mounted(tmp_path / "reader", "Mounts", key="a", add="ro") as reader:  # which the device can be now
+        assert (reader / "file").read_bytes() == b"second"
+    with client.mounted(tmp_path / "mnt", "Mounts", key="a") as root:
+        client("Mounts", key="a")
+    assert len(list((pool.path / "run" / "shared").iterdir())) == 1
+    client("Cleanup")
+    assert list((pool.path / "run" / "shared").iterdir()) == []
 
 
 def test_a_snapshot_that_is_mounted_can_be_removed(client: Client, pool: thinpool.Pool, tmp_path: Path) -> None:

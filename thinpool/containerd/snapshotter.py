@@ -34,6 +34,7 @@ from ..units import parse_size
 from .bases import base_layer, fit_filesystem
 from .filters import parse
 from .records import REF_LABEL, SNAPSHOT_LABEL, Snapshot, is_removed, layer_name, parent_label, ref_label, removed_name
+from .shared import end_share, end_unused_shares, others_mountpoint, share
 
 SIZE_LABEL = "containerd.io/snapshot/max-size"
 """containerd's label for the size of a container's file system, as in ``20G``."""
@@ -233,6 +234,8 @@ class Snapshotter:
 
     def reap(self, pool: PoolAPI) -> bool:
         """Deletes what was removed while it was in use; false: some of it is in use still."""
+        with self._attaching:
+            end_unused_shares(pool)
         done = True
         for record in _records(pool):
             if is_removed(record.name):
@@ -259,6 +262,9 @@ class Snapshotter:
         options = (_VIEW_OPTIONS if snapshot.kind == "view" else _OPTIONS)[snapshot.filesystem]
         with self._attaching:
             device = _device_of(pool, layer_name(snapshot.key)) or layer.attach().device
+            if snapshot.kind == "active" and others_mountpoint(pool, device) is not None:
+                return Mount("bind", share(pool, layer, device, snapshot.filesystem), ("rbind", "rw"))
+            end_share(pool, layer)
         return Mount(snapshot.filesystem, device, options)
 
     @staticmethod
@@ -267,8 +273,8 @@ class Snapshotter:
         device = _device_of(pool, layer.name)
         if device is None:
             return None
-        number = device_number(device)
-        mountpoint = next((entry.mountpoint for entry in mount_table() if entry.device_number == number), None)
+        end_share(pool, layer)
+        mountpoint = others_mountpoint(pool, device)
         if mountpoint is not None:
             return mountpoint
         try:

@@ -393,10 +393,10 @@ def test_devices_that_went_down_come_back(client: Client, pool: thinpool.Pool, t
     with client.mounted(tmp_path / "mnt", "Prepare", key="a") as root:
         (root / "file").write_bytes(b"content")
     pool.layer(layer_name("a")).detach()
+    device = client.device("Mounts", key="a")
+    assert [one.device for one in pool.attachments()] == [device]
     with client.mounted(tmp_path / "mnt", key="a") as root:
         assert (root / "file").read_bytes() == b"content"
-        device = client.device("Mounts", key="a")
-        assert [one.device for one in pool.attachments()] == [device]
 
 
 def test_only_its_owner_may_ask(address: Path) -> None:

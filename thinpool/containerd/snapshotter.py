@@ -29,7 +29,7 @@ from ..exports.freezing import frozen, thaw
 from ..exports.keeping.takedown import device_number, mount_table
 from ..filesystems.blank import FILESYSTEM_LABEL
 from ..server.client import RemotePool
-from ..server.wire import LayerRecord, records_of
+from ..server.wire import LayerRecord, record_of, records_of
 from ..units import parse_size
 from .bases import base_layer, fit_filesystem
 from .filters import parse
@@ -86,9 +86,11 @@ class Snapshotter:
                 wanted = replace(wanted, filesystem=parent.filesystem)
             if wanted.kind == "active" and REF_LABEL in wanted.labels:
                 self._refuse_what_is_there(pool, wanted)
+            is_new = True
             try:
                 layer = source.clone(name, labels=wanted.as_labels())
             except LayerExists:
+                is_new = False
                 layer, there = self._find(pool, wanted.key)
                 if there != wanted:
                     raise LayerExists(f"snapshot {wanted.key!r} exists already") from None
@@ -97,7 +99,7 @@ class Snapshotter:
         try:
             if size is not None:
                 fit_filesystem(layer, wanted.filesystem, size)
-            mount = self._mount(pool, layer, wanted)
+            mount = self._mount(pool, layer, wanted, is_new=is_new)
         except BaseException:
             self._discard(pool, layer)
             raise
@@ -258,8 +260,10 @@ class Snapshotter:
 
     # --- devices ---
 
-    def _mount(self, pool: PoolAPI, layer: LayerAPI, snapshot: Snapshot) -> Mount:
+    def _mount(self, pool: PoolAPI, layer: LayerAPI, snapshot: Snapshot, *, is_new: bool = False) -> Mount:
         options = (_VIEW_OPTIONS if snapshot.kind == "view" else _OPTIONS)[snapshot.filesystem]
+        if is_new:  # nobody can have asked for its device yet
+            return Mount(snapshot.filesystem, layer.attach().device, options)
         with self._attaching:
             device = _device_of(pool, layer_name(snapshot.key)) or layer.attach().device
             if snapshot.kind == "active" and others_mountpoint(pool, device) is not None:
@@ -291,8 +295,8 @@ class Snapshotter:
     def _find(pool: PoolAPI, key: str, *, cut_short: str | None = None) -> tuple[LayerAPI, Snapshot]:
         """A snapshot and its layer; also one that was to be renamed to ``cut_short`` when its commit ended early. Raises LayerNotFound."""
         try:
-            layer = pool.layer(layer_name(key))
-            snapshot = Snapshot.from_labels(layer.labels)
+            layer, record = _described(pool, layer_name(key))
+            snapshot = Snapshot.from_labels(record.labels)
         except (LayerNotFound, LayerDeleted):
             snapshot = None
         if snapshot is None or snapshot.key not in (key, cut_short):
@@ -314,6 +318,14 @@ def _size(labels: Mapping[str, str]) -> int | None:
 
 def _device_of(pool: PoolAPI, name: str) -> str | None:
     return next((one.device for one in pool.attachments() if one.layer == name), None)
+
+
+def _described(pool: PoolAPI, name: str) -> tuple[LayerAPI, LayerRecord]:
+    """A layer and its record, in one request where a server is asked. Raises LayerNotFound, LayerDeleted."""
+    if isinstance(pool, RemotePool):
+        return pool.described(name)
+    layer = pool.layer(name)
+    return layer, record_of(layer)
 
 
 def _records(pool: PoolAPI) -> list[LayerRecord]:

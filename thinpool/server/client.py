@@ -78,6 +78,11 @@ class RemotePool:
         """The layer of that name. Raises LayerNotFound."""
         return self._layer(self._transport.json("GET", "/layer", name=name))
 
+    def described(self, name: str) -> tuple[RemoteLayer, LayerRecord]:
+        """The layer of that name, and what there is to say about it, in one request. Raises LayerNotFound."""
+        record = self._transport.json("GET", "/layer", name=name)
+        return self._layer(record), LayerRecord.from_json(record)
+
     def layers(self, label: str | None = None) -> list[RemoteLayer]:
         """All layers, or those that have the label."""
         return [RemoteLayer(self._transport, record.id) for record in self.records(label)]

@@ -89,11 +89,11 @@ def test_fifty_containers_at_once(here: World) -> None:
 def test_what_a_container_changed_can_be_committed(here: World) -> None:
     here.start_container(IMAGE, "changed")
     here.execute("changed", "echo new > /new")
-    here.end_task("changed")
     snapshots = ("snapshots", "--snapshotter", "thinpool")
     tar = subprocess.run(here.ctr_words(*snapshots, "diff", "changed"), capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         assert [entry.name for entry in archive if entry.isfile()] == ["new"]
+    here.end_task("changed")
     here.ctr(*snapshots, "commit", "committed", "changed")
     here.ctr(*snapshots, "prepare", "again", "committed")
     assert "Active" in here.ctr(*snapshots, "list")
@@ -148,9 +148,21 @@ def test_layers_that_the_pool_has_are_not_downloaded(here: World, layout: Path, 
         pool.images.gc()
 
 
+_SYSTEMD_RUN = """
+import os, pathlib, socket, subprocess, sys
+words = sys.argv[1:]
+while words[0].startswith("-"):  # --unit=NAME -p NAME=VALUE
+    words = words[2 if words[0] == "-p" else 1 :]
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, open(os.devnull, "w") as nothing:
+    told.bind("told")
+    unit = subprocess.Popen(words, env={**os.environ, "NOTIFY_SOCKET": os.path.abspath("told")}, stdout=nothing, stderr=nothing, start_new_session=True)
+    pathlib.Path("unit.pid").write_text(str(unit.pid))
+    while "Type=notify" in sys.argv and b"READY=1" not in told.recv(1000):
+        pass
+"""
 STAND_INS = {
     "thinpool": f'exec {sys.executable} -m thinpool.cli "$@"',
-    "systemd-run": 'shift 3; setsid "$@" > /dev/null 2>&1 & echo $! > unit.pid',  # --unit=NAME -p KillMode=process COMMAND
+    "systemd-run": f'exec {sys.executable} systemd_run.py "$@"',
     "systemctl": '[ "$*" = "restart containerd" ]',  # the test does
 }
 
@@ -162,6 +174,7 @@ def test_the_five_commands_of_the_docs(tmp_path: Path, layout: Path) -> None:
     commands = re.findall(r"^(?:.*<<'END'.*\n(?:.*\n)*?END|.+)$", block[1], re.MULTILINE)
     assert len(commands) == 5
     (tmp_path / "bin").mkdir()
+    (tmp_path / "systemd_run.py").write_text(_SYSTEMD_RUN)
     for name, script in STAND_INS.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -182,8 +195,6 @@ def test_the_five_commands_of_the_docs(tmp_path: Path, layout: Path) -> None:
                 for place, ours in places.items():
                     command = command.replace(place, ours)
                 said = run("sh", "-c", f"cd {tmp_path} && {command}", **environment)
-                if "systemd-run" in command:
-                    wait_until((tmp_path / "snapshotter.sock").exists)
                 if "systemctl restart containerd" in command:
                     here.stop("containerd")
                     here.start_containerd()

@@ -2,9 +2,7 @@
 #include "io.h"
 #include "redo.h"
 
-/* Blocks [first, end) of one chunk. Lock held exclusively, mutex held on entry and return. What is ours alone is also
- * punched, so that the host gets its blocks back at once. */
-static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsigned end) {
+int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsigned end, uint64_t *freed) {
   struct tp_pool *pool = layer->pool;
   unsigned i = index % FANOUT;
   struct node *leaf;
@@ -17,15 +15,18 @@ static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsig
   uint64_t own = entry_is_split(entry) ? entry_split(entry)->own : entry;
   bool ours = mine && own != 0 && count_is_mine(pool, TP_CHUNK_PAGE, own - 1);
   bool empty = true, own_named = false;
+  unsigned own_dropped = 0;
   for (unsigned b = 0; b < pool->blocks; b++) {
-    split->block[b] = b >= first && b < end ? 0 : split_chunk_at(entry, b);
+    bool dropped = b >= first && b < end;
+    if (dropped && split_chunk_at(entry, b) == own) own_dropped++;
+    split->block[b] = dropped ? 0 : split_chunk_at(entry, b);
     if (split->block[b] == 0) continue;
     empty = false;
     if (split->block[b] == own) own_named = true;
   }
   split->own = own_named ? own : 0;
   if (empty) free(split);
-  replace_entry(layer, leaf, i, empty ? 0 : split_entry(split));
+  *freed += (uint64_t)replace_entry(layer, leaf, i, empty ? 0 : split_entry(split)) << pool->chunk_shift;
   redo_note(layer, REDO_HOLE, index * pool->blocks + first, end - first, 0);
   if (!ours || !own_named) return TP_OK;
   bit_set(leaf->mine, i);
@@ -33,7 +34,10 @@ static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsig
   /* Only a saving: the blocks are unmapped, and are written whole before they are mapped again. */
   uint64_t at = ((own - 1) << pool->chunk_shift) + (uint64_t)first * TP_BLOCK;
   uint64_t length = (uint64_t)(end - first) * TP_BLOCK;
-  if (pool->disk.punch(pool->disk.ctx, at, length) >= 0) pool->metrics.punched_bytes += length;
+  if (pool->disk.punch(pool->disk.ctx, at, length) >= 0) {
+    pool->metrics.punched_bytes += length;
+    *freed += (uint64_t)own_dropped * TP_BLOCK;
+  }
   pool_mark_unsynced(pool);
   pthread_mutex_lock(&pool->mutex);
   return TP_OK;
@@ -42,7 +46,7 @@ static int discard_blocks(tp_layer *layer, uint64_t index, unsigned first, unsig
 /* The part of [offset, end) that lies in one leaf that is mapped. Lock held exclusively, mutex held. */
 static int discard_in_leaf(tp_layer *layer, uint64_t offset, uint64_t end) {
   struct tp_pool *pool = layer->pool;
-  uint64_t span = chunk_size(pool);
+  uint64_t span = chunk_size(pool), ignored = 0;
   while (offset < end) {
     uint64_t index = offset / span, next = min_u64(end, (index + 1) * span);
     struct node *leaf;
@@ -50,7 +54,7 @@ static int discard_in_leaf(tp_layer *layer, uint64_t offset, uint64_t end) {
     if (rc == TP_OK && leaf != NULL && leaf->entry[index % FANOUT] != 0) {
       unsigned last = (unsigned)((next - index * span + TP_BLOCK - 1) / TP_BLOCK);
       if (next == layer->size) last = pool->blocks;
-      rc = discard_blocks(layer, index, (unsigned)(offset % span / TP_BLOCK), last);
+      rc = discard_blocks(layer, index, (unsigned)(offset % span / TP_BLOCK), last, &ignored);
     }
     if (rc != TP_OK) return rc;
     offset = next;

@@ -198,11 +198,15 @@ static int read_locked(struct io *io, struct gather *g, uint64_t length, uint64_
   return gather_flush(g);
 }
 
+int io_read(struct io *io, void *buf, uint64_t length, uint64_t offset) {
+  struct gather g = {.pool = io->layer->pool, .layer_id = io->layer->rec.key, .offset = offset, .buf = buf};
+  return read_locked(io, &g, length, offset);
+}
+
 int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
   struct io io;
-  struct gather g = {.pool = layer->pool, .layer_id = layer->rec.key, .offset = offset, .buf = buf};
   int rc = io_begin(&io, layer, offset, length, false);
-  if (rc == TP_OK) rc = read_locked(&io, &g, length, offset);
+  if (rc == TP_OK) rc = io_read(&io, buf, length, offset);
   io_end(&io);
   return rc;
 }

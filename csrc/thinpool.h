@@ -177,6 +177,14 @@ int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset)
 int tp_readv(tp_layer *layer, const tp_vec *vecs, uint64_t count);
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count);
 int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length); /* reads back as zeros; whole blocks are given back */
+typedef struct {
+  uint64_t cursor; /* where to go on; begins as 0 */
+  uint64_t zeros;  /* bytes that became holes */
+  uint64_t freed;  /* bytes of these that nobody needs any more: of chunks that went, and of blocks in chunks that stay */
+} tp_sparsified;
+/* Chunks, and blocks of split ones, that read as zeros become holes; others may write meanwhile. Looks at up to `chunks` of them; adds to *done.
+ * 1: more to do, 0: done. */
+int tp_sparsify(tp_layer *layer, tp_sparsified *done, uint64_t chunks);
 int tp_flush(tp_pool *pool); /* all that was written before the call is durable when it returns */
 
 /* --- limits of one layer: reads and writes wait for their turn before anything else, so that others are not held up --- */

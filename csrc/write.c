@@ -117,15 +117,17 @@ static bool names(const uint64_t *chunks, unsigned count, uint64_t chunk) {
   return false;
 }
 
-void replace_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t entry) {
+unsigned replace_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t entry) {
   struct tp_pool *pool = layer->pool;
   uint64_t before[pool->blocks], after[pool->blocks], old = leaf->entry[i];
+  unsigned freed = 0;
   unsigned before_count = entry_chunks(pool, old, before), after_count = entry_chunks(pool, entry, after);
   map_set_entry(layer, leaf, i, entry);
   for (unsigned k = 0; k < before_count; k++) {
-    if (!names(after, after_count, before[k])) count_down(pool, TP_CHUNK_PAGE, before[k]);
+    if (!names(after, after_count, before[k]) && count_down(pool, TP_CHUNK_PAGE, before[k]) == 0) freed++;
   }
   if (entry_is_split(old)) free(entry_split(old));
+  return freed;
 }
 
 static int name_target(tp_layer *layer, uint64_t index, const struct target *t, unsigned offset, unsigned length) {

@@ -268,7 +268,7 @@ class Model(RuleBasedStateMachine):
     # --- content ---
 
     @precondition(lambda self: self.layers)
-    @rule(number=PICK, offset=OFFSETS, length=LENGTHS, tag=st.integers(1, 255), by_file=st.booleans())
+    @rule(number=PICK, offset=OFFSETS, length=LENGTHS, tag=st.integers(0, 255), by_file=st.booleans())
     def write(self, number: int, offset: int, length: int, tag: int, by_file: bool) -> None:
         name = self.pick(number)
         content, layer = self.layers[name], self.pool.layer(name)
@@ -302,6 +302,26 @@ class Model(RuleBasedStateMachine):
                 call(offset, length)
             return
         self.change(name, content.patch(offset, bytes(length)), lambda: call(offset, length))
+
+    @precondition(lambda self: self.layers)
+    @rule(number=PICK)
+    def sparsify(self, number: int) -> None:
+        name = self.pick(number)
+        content, layer, size = self.layers[name], self.pool.layer(name), self.pool.chunk_size
+        if content.sealed:
+            with pytest.raises(LayerSealed):
+                layer.sparsify()
+            return
+        before, done = layer.usage().mapped, layer.sparsify()
+        assert done.zeros or layer.usage().mapped == before
+        looked_at = {
+            (index * size, size) if layer.handle.chunk_at(index := at // size) is not None else (at, BLOCK)
+            for extent in layer.extents()
+            if extent.kind == "data"
+            for at in range(extent.offset, extent.offset + extent.length, BLOCK)
+        }
+        for offset, length in looked_at:
+            assert any(content.read(offset, min(length, content.size - offset))), f"zeros of {name} at {offset} take space"
 
     @precondition(lambda self: self.layers)
     @rule(number=PICK, offset=OFFSETS, length=LENGTHS)

@@ -68,6 +68,18 @@ def test_large_reads_and_writes_go_in_pieces(pool: PoolAPI, monkeypatch: pytest.
     assert layer.pread(len(data), 11) == data
 
 
+def test_zeros_become_holes(pool: PoolAPI) -> None:
+    layer = pool.create_layer("a", "64M")
+    for at in range(0, 64 * MIB, 4 * MIB):
+        layer.pwrite(bytes(3 * MIB) + b"x" * MIB, at)
+    seen: list[tuple[int, int]] = []
+    assert layer.sparsify(lambda done, total: seen.append((done, total))) == thinpool.Sparsified(48 * MIB, 48 * MIB)
+    assert seen[-1] == (64 * MIB, 64 * MIB)
+    assert layer.pread(64 * MIB, 0) == (bytes(3 * MIB) + b"x" * MIB) * 16
+    with pytest.raises(thinpool.LayerSealed):
+        layer.snapshot("a@1").sparsify()
+
+
 def test_snapshots_and_clones_branch(pool: PoolAPI) -> None:
     base = pool.create_layer("base", "1M")
     base.pwrite(b"one", 0)

@@ -27,6 +27,7 @@ from .api import (
     PoolAPI,
     PoolUsage,
     Removed,
+    Sparsified,
     Usage,
 )
 from .errors import (
@@ -136,6 +137,7 @@ __all__ = [
     "RegistryError",
     "Removed",
     "ServerError",
+    "Sparsified",
     "ThinpoolError",
     "ToolFailed",
     "Usage",

@@ -43,6 +43,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Sparsified:
+    """What came of sparsifying a layer, in bytes. ``zeros``: what was zeros and is holes now; ``freed``: the part of it that nobody else needs, so
+    that the host gets it back: whole chunks, and blocks of chunks of which the rest stays."""
+
+    zeros: int
+    freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What a layer may do; 0: as much as it wants. ``rbps``, ``wbps``: bytes read and written a second; ``riops``, ``wiops``: reads and writes
     a second; ``quota``: bytes that it may map (:attr:`Usage.mapped`)."""
@@ -222,6 +231,7 @@ class LayerAPI(Protocol):
     def set_limits(self, limits: Limits) -> None: ...
     def reset(self, to: str | None = None) -> None: ...
     def delete(self) -> None: ...
+    def sparsify(self, progress: Progress | None = None) -> Sparsified: ...
     def extents(self) -> Iterator[Extent]: ...
     def usage(self) -> Usage: ...
     def open(self, mode: str = "rb") -> io.RawIOBase: ...

@@ -92,7 +92,7 @@ class Fingerprints:
 
 
 class Committer:
-    """Runs commits and window extensions for one pool; it is the engine's :class:`~thinpool.engine.Store`."""
+    """Runs commits and window extensions for one pool; it is the engine's :class:`~thinpool.records.Store`."""
 
     def __init__(self, store: RecordStore, catalog: Catalog, lock: threading.RLock) -> None:
         """``lock`` guards the catalog; changes that span catalog and engine are made under it."""

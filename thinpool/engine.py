@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from . import errors
 from ._core import ffi, lib
 from .api import Buffer, Limits
 from .faults import FAULTS
-from .records import Record, parse_records
+from .records import Record, Store, parse_records
 
 _core = lib
 _ffi = ffi
@@ -33,22 +33,6 @@ WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 1
 BLOCK_SIZE = 4096
 _WINDOW_KEY, _EXTENTS_PER_CALL = 2, 1024
 NO_READER = 2**64 - 1
-
-
-class Store(Protocol):
-    """What the engine asks of whoever keeps its records."""
-
-    def fetch(self, kind: int, key: int) -> bytes | memoryview | None:
-        """The committed value of a record; ``None``: there is none. Called with locks held."""
-
-    def commit(self) -> None:
-        """Run one commit, from freeze to release."""
-
-    def extend_window(self) -> None:
-        """Plan, store and activate more allocation window."""
-
-    def layer_name(self, layer_id: int) -> str:
-        """A name for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +389,13 @@ class EngineLayer:
             raise errors.OutOfRange(f"a range that no layer has: {length} bytes at {offset}") from None
         if rc:
             self.raise_error(rc, offset, length)
+
+    def sparsify(self, chunks: int) -> Iterator[tuple[int, int, int]]:
+        """Zeros become holes, up to so many chunks at a time: where it has come to, bytes that became holes, bytes of these that nobody needs any more."""
+        done, more = _ffi.new("tp_sparsified *"), 1
+        while more:
+            more = self.engine.check(_core.tp_sparsify(self.pointer, done, chunks), self.id)
+            yield int(done.cursor), int(done.zeros), int(done.freed)
 
     def equal(self, data: Buffer, offset: int) -> bool:
         """True if the layer holds these bytes there."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .api import Attachment, Buffer, Extent, Limits, Progress, Size, Usage, Via
+from .api import Attachment, Buffer, Extent, Limits, Progress, Size, Sparsified, Usage, Via
 from .catalog import LayerRecord
 from .engine import EngineLayer
 from .errors import BadSize, LayerDeleted, LayerState
@@ -15,6 +15,8 @@ from .units import parse_size
 
 if TYPE_CHECKING:
     from .pool import Pool
+
+_SPARSIFY_STEP_BYTES = 8 << 20
 
 
 class Layer:
@@ -129,6 +131,19 @@ class Layer:
     def discard(self, offset: int, length: int) -> None:
         """The same as :meth:`write_zeroes`: what is discarded reads as zeros, to the byte."""
         self._handle.discard(offset, length)
+
+    def sparsify(self, progress: Progress | None = None) -> Sparsified:
+        """Chunks that read as zeros become holes, and so do blocks of 4 KiB in chunks that the layer has in part. Others may use it meanwhile.
+
+        ``progress`` is called after each 8 MiB or so; what it raises ends the work there, and nothing is lost. Raises
+        LayerSealed: of a sealed layer neither content nor map changes, so this is for before it is sealed.
+        """
+        done = Sparsified(0, 0)
+        for position, *sizes in self._handle.sparsify(max(1, _SPARSIFY_STEP_BYTES // self._pool.chunk_size)):
+            done = Sparsified(*sizes)
+            if progress is not None:
+                progress(position, self._handle.size)
+        return done
 
     def flush(self) -> None:
         """All writes that returned before the call are durable when it returns."""

@@ -1,13 +1,30 @@
-"""Encoded records as the core hands them over (csrc/thinpool.h, ``tp_encode``)."""
+"""Encoded records as the core hands them over (csrc/thinpool.h, ``tp_encode``), and what it asks of whoever keeps them."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Protocol
 
 Record = tuple[int, bytes, bytes | None]
 """(kind, key, value); value ``None``: the record is deleted."""
 _HEAD = struct.Struct("<BBHI8s")
+
+
+class Store(Protocol):
+    """What the engine asks of whoever keeps its records."""
+
+    def fetch(self, kind: int, key: int) -> bytes | memoryview | None:
+        """The committed value of a record; ``None``: there is none. Called with locks held."""
+
+    def commit(self) -> None:
+        """Run one commit, from freeze to release."""
+
+    def extend_window(self) -> None:
+        """Plan, store and activate more allocation window."""
+
+    def layer_name(self, layer_id: int) -> str:
+        """A name for messages."""
 
 
 def parse_records(data: bytes) -> Iterator[Record]:

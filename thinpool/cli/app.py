@@ -49,7 +49,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "pack": metadata.pack,
         "rmap": metadata.rmap,
     },
-    "Space and speed": {"limit": space.limit, "policy": space.policy, "events": space.events},
+    "Space and speed": {"sparsify": space.sparsify, "limit": space.limit, "policy": space.policy, "events": space.events},
     "Images": {
         "load": images.load,
         "pull": images.pull,

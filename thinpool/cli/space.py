@@ -1,4 +1,4 @@
-"""Verbs about space and speed: what layers may do, and what happens as the pool fills up."""
+"""Verbs about space and speed: what layers may do, zeros that take space, and what happens as the pool fills up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from ..units import format_size, parse_size
 from . import options
 from .options import opened
-from .show import print_json, print_table
+from .show import print_json, print_table, progress_bar
 
 
 def limit(
@@ -42,6 +42,19 @@ def limit(
         return
     shown = [format_size(limits.rbps), format_size(limits.wbps), str(limits.riops), str(limits.wiops), format_size(limits.quota)]
     print_table([">RBPS", ">WBPS", ">RIOPS", ">WIOPS", ">QUOTA"], [["none" if text == "0" else text for text in shown]])
+
+
+def sparsify(ctx: typer.Context, layer: options.Layer, as_json: options.AsJson = False, pool: options.Pool = None) -> None:
+    """Make holes of what reads as zeros in a writable layer, also while it is in use.
+
+    JSON: zeros (bytes that became holes), freed (bytes of these that nobody else needs: they are given back).
+    """
+    with opened(ctx, pool, gives_back=True) as p, progress_bar("looking for zeros") as progress:
+        done = p.layer(layer).sparsify(progress)
+    if as_json:
+        print_json(asdict(done))
+        return
+    print(f"{format_size(done.zeros)} of zeros became holes, {format_size(done.freed)} given back")
 
 
 def policy(

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from ..api import Attachment, Buffer, Event, Extent, LayerAPI, Limits, Policy, PoolUsage, Progress, Size, Usage, Via
+from ..api import Attachment, Buffer, Event, Extent, LayerAPI, Limits, Policy, PoolUsage, Progress, Size, Sparsified, Usage, Via
 from ..metrics import PoolMetrics
 from .remote import RemoteContainers, RemoteImages, follow
 from .transport import Transport
@@ -287,6 +287,10 @@ class RemoteLayer:
     def discard(self, offset: int, length: int) -> None:
         """Makes a range read as zeros and gives its whole blocks back. Raises OutOfRange, LayerSealed."""
         self._ask("POST", "discard", {"offset": offset, "length": length})
+
+    def sparsify(self, progress: Progress | None = None) -> Sparsified:
+        """What reads as zeros becomes holes, while others use the layer. Raises LayerSealed."""
+        return Sparsified(**follow(self._transport.lines("POST", f"{self._route}/sparsify"), progress))
 
     def flush(self) -> None:
         """Returns when all that was written before is durable."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query
 from fastapi.responses import Response
 
-from ..api import Attachment, Usage
+from ..api import Attachment, Sparsified, Usage
 from .endpoints import call, change
 from .schema import BYTES, BYTES_BODY, OCTETS, failures, lines_of, operation_id
 from .state import BodyOf, Flag, GateOf, Labels, LayerOf, LayersOf, LimitsBody, Name, Number, OptionalName, OptionalSize, Path, SizeField, ViaField
@@ -64,6 +65,12 @@ def write_zeroes(layer: LayerOf, offset: Number, length: Number) -> None:
 def discard(layer: LayerOf, offset: Number, length: Number) -> None:
     """Makes a range read as zeros, and gives its space back."""
     layer.discard(offset, length)
+
+
+@router.post("/sparsify", response_class=Response, responses=lines_of(Sparsified))
+async def sparsify(gate: GateOf, layer: LayerOf) -> Response:
+    """Makes holes of what reads as zeros, while others use it."""
+    return await work_lines(gate, lambda progress: asdict(layer.sparsify(progress)))
 
 
 @router.post("/flush")

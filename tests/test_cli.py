@@ -145,6 +145,9 @@ def test_map_and_diff(command: Command) -> None:
     assert command.json("diff", "base", "c1") == [{"offset": 524288, "length": 65536, "kind": "data"}]
     assert command.json("diff", "base", "base") == []
     assert command("diff", "base", "c1").splitlines()[-1] == "data 64K, holes 0"
+    assert command.json("delta", "c1", "base") == [{"offset": 524288, "length": 65536, "kind": "left_only"}]
+    assert command("delta", "base", "c1").splitlines()[-1] == "left only 0, right only 64K, different 0"
+    assert command("delta", "base", "c1", "--same").splitlines()[-1] == "left only 0, right only 64K, different 0, same 64K"
 
 
 def test_ps_of_an_idle_pool(command: Command) -> None:

@@ -10,6 +10,7 @@ import copy
 import itertools
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from thinpool import Extent, LayerExists, LayerSealed, LayerState, OutOfRange, OutOfSpace, Pool
+from thinpool import Delta, Extent, LayerExists, LayerSealed, LayerState, OutOfRange, OutOfSpace, Pool, delta
 
 BLOCK = 4096
 ZERO = bytes(BLOCK)
@@ -384,6 +385,16 @@ class Model(RuleBasedStateMachine):
             for image in images:
                 image[extent.offset : extent.offset + extent.length] = bytes(extent.length)
         assert images[0] == images[1], f"{names} differ elsewhere than in {found}"
+
+        def begun(ranges: Iterable[Extent | Delta]) -> dict[int, str]:
+            """Kinds, by the blocks that begin in the ranges."""
+            return {at: one.kind for one in ranges for at in range(-(-one.offset // BLOCK), -(-(one.offset + one.length) // BLOCK))}
+
+        left, right = ({at for at, kind in begun(self.pool.layer(name).extents()).items() if kind == "data"} for name in names)
+        changed = begun(found).keys()
+        expected = {at: "different" if at in changed else "same" for at in left & right}
+        expected |= dict.fromkeys(left - right, "left_only") | dict.fromkeys(right - left, "right_only")
+        assert begun(delta(self.pool, *names, same=True)) == expected
 
     @rule()
     def usage(self) -> None:

@@ -128,6 +128,16 @@ def test_extents_diff_and_usage(pool: PoolAPI) -> None:
     assert Extent(512 << 10, 64 << 10, "data") in list(base.extents())
     expected = [Extent(512 << 10, 64 << 10, "data")]
     assert list(pool.diff("s", "base")) == list(pool.diff(snap, base)) == expected
+    grown = snap.clone("grown", "2M")
+    grown.discard(128 << 10, 4096)
+    grown.pwrite(b"z" * 4096, 512 << 10)
+    grown.pwrite(b"z" * (64 << 10), MIB)
+    assert [(one.kind, one.offset >> 10, one.length >> 10) for one in thinpool.delta(pool, "base", grown)] == [
+        ("left_only", 128, 4), ("different", 512, 64), ("right_only", 1024, 64),
+    ]  # fmt: skip
+    whole = list(thinpool.delta(pool, base, snap, same=True))
+    assert whole == [thinpool.Delta(128 << 10, 64 << 10, "same"), thinpool.Delta(512 << 10, 64 << 10, "left_only")]
+    grown.delete()
     usage = base.usage()
     assert (usage.virtual, usage.mapped, usage.exclusive, usage.shared) == (MIB, 128 << 10, 64 << 10, 64 << 10)
     assert pool.usage().layers == 2

@@ -30,6 +30,7 @@ from .api import (
     Sparsified,
     Usage,
 )
+from .deltas import Delta, delta
 from .errors import (
     BadAddress,
     BadName,
@@ -101,6 +102,7 @@ __all__ = [
     "ContainersAPI",
     "Credentials",
     "DamagedError",
+    "Delta",
     "DiskError",
     "Event",
     "Extent",
@@ -142,4 +144,5 @@ __all__ = [
     "ToolFailed",
     "Usage",
     "connect",
+    "delta",
 ]

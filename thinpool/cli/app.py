@@ -38,7 +38,15 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "digest": layers.digest,
     },
     "Files": {"import": transfer.import_file, "export": transfer.export},
-    "Listings": {"ls": listings.ls, "df": listings.df, "diff": listings.diff, "map": listings.show_map, "ps": listings.ps, "top": top.top},
+    "Listings": {
+        "ls": listings.ls,
+        "df": listings.df,
+        "diff": listings.diff,
+        "delta": listings.delta,
+        "map": listings.show_map,
+        "ps": listings.ps,
+        "top": top.top,
+    },
     "Trust": {
         "check": trust.check,
         "repair": trust.repair,

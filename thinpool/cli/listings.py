@@ -1,4 +1,4 @@
-"""Verbs that look and change nothing: ``ls``, ``df``, ``map``, ``diff``, ``ps``."""
+"""Verbs that look and change nothing: ``ls``, ``df``, ``map``, ``diff``, ``delta``, ``ps``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..server.wire import LayerRecord, records_of
 from ..units import format_size
 from . import options
 from .options import opened
-from .show import print_extents, print_json, print_table, short_id
+from .show import print_json, print_ranges, print_table, short_id
 
 # Of empty file systems, kept to be cloned by imports, of archives of image layers, and of layers in the trash.
 _INNER_LABELS = {"thinpool.blank", "thinpool.blob", TRASH_LABEL}
@@ -74,7 +74,7 @@ def show_map(ctx: typer.Context, layer: options.Layer, as_json: options.AsJson =
     JSON: an array of offset, length, kind ("data" or "hole").
     """
     with opened(ctx, pool) as p:
-        print_extents(p.layer(layer).extents(), as_json=as_json)
+        print_ranges(p.layer(layer).extents(), as_json=as_json)
 
 
 def diff(
@@ -84,12 +84,33 @@ def diff(
     as_json: options.AsJson = False,
     pool: options.Pool = None,
 ) -> None:
-    """Show the ranges in which two layers may differ, and what TO holds there.
+    """Show the ranges in which two layers may differ, and what TO holds there: what a copy of FROM lacks to be TO. Costs what differs.
 
     JSON: an array of offset, length, kind ("data" or "hole").
     """
     with opened(ctx, pool) as p:
-        print_extents(p.diff(from_layer, to_layer), as_json=as_json)
+        print_ranges(p.diff(from_layer, to_layer), as_json=as_json)
+
+
+def delta(
+    ctx: typer.Context,
+    left: Annotated[str, typer.Argument(metavar="LEFT", help="A layer's name.", show_default=False)],
+    right: Annotated[str, typer.Argument(metavar="RIGHT", help="Another's.", show_default=False)],
+    same: Annotated[bool, typer.Option("--same", help="Also what the two share.")] = False,
+    as_json: options.AsJson = False,
+    pool: options.Pool = None,
+) -> None:
+    """Show two layers side by side, as thin_delta does: what only one has, and what is different; by the maps, not by bytes.
+
+    JSON: an array of offset, length, kind ("left_only", "right_only", "different", "same").
+    """
+    from ..deltas import delta as between
+
+    kinds = {"left_only": "left only", "right_only": "right only", "different": "different", "same": "same"}
+    if not same:
+        del kinds["same"]
+    with opened(ctx, pool) as p:
+        print_ranges(between(p, left, right, same=same), kinds, as_json=as_json)
 
 
 def ps(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool = None) -> None:

@@ -6,12 +6,16 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ..api import Extent, Progress
 from ..units import format_size
+
+if TYPE_CHECKING:
+    from ..deltas import Delta
 
 NONE = "<none>"  # what Docker shows in place of a name
 _DIGEST = re.compile(r"sha256:([0-9a-f]{12})[0-9a-f]{52}")
@@ -61,22 +65,24 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(highlight=False, width=10_000).print(table)
 
 
-def print_extents(extents: Iterable[Extent], *, as_json: bool) -> None:
-    """Extents one by one as they come, so that a long list costs no memory."""
+EXTENT_KINDS = {"data": "data", "hole": "holes"}
+
+
+def print_ranges(ranges: Iterable[Extent | Delta], kinds: Mapping[str, str] = EXTENT_KINDS, *, as_json: bool) -> None:
+    """Ranges one by one as they come, so that a long list costs no memory; then how much it is of each kind, which ``kinds`` has a word for."""
     if as_json:
         before = "["
-        for extent in extents:
-            line = {"offset": extent.offset, "length": extent.length, "kind": extent.kind}
-            print(f"{before}\n  {json.dumps(line)}", end="")
+        for one in ranges:
+            print(f"{before}\n  {json.dumps(asdict(one))}", end="")
             before = ","
         print("[]" if before == "[" else "\n]")
         return
     print(f"{'OFFSET':>16}  {'LENGTH':>16}  KIND")
-    totals = {"data": 0, "hole": 0}
-    for extent in extents:
-        print(f"{extent.offset:>16}  {extent.length:>16}  {extent.kind}")
-        totals[extent.kind] += extent.length
-    print(f"data {format_size(totals['data'])}, holes {format_size(totals['hole'])}")
+    totals = dict.fromkeys(kinds, 0)
+    for one in ranges:
+        print(f"{one.offset:>16}  {one.length:>16}  {one.kind}")
+        totals[one.kind] += one.length
+    print(", ".join(f"{word} {format_size(totals[kind])}" for kind, word in kinds.items()))
 
 
 @contextmanager

@@ -45,7 +45,11 @@ int disk_write(struct tp_pool *pool, const void *buf, uint64_t length, uint64_t 
   const uint8_t *p = buf;
   while (length > 0) {
     int64_t n = pool->disk.pwrite(pool->disk.ctx, p, min_u64(length, WRITE_MAX), at);
-    if (n <= 0) return tp_error_os(n);
+    if (n <= 0) {
+      int rc = tp_error_os(n);
+      if (rc == TP_ENOSPC) pool->refused = true;
+      return rc;
+    }
     pool_mark_unsynced(pool);
     p += n, at += (uint64_t)n, length -= (uint64_t)n;
   }

@@ -271,6 +271,7 @@ int tp_pool_get_info(tp_pool *pool, tp_pool_info *out) {
       .dirty = pool_is_dirty(pool),
       .failed = pool->failed,
       .failed_errno = pool->failed_errno,
+      .refused = pool->refused,
       .cached_bytes = pool->cache.bytes,
       .splits = pool->splits,
       .in_place = pool->in_place,

@@ -67,6 +67,7 @@ struct tp_pool {
   int failed_errno;         /* of the host, where that was it */
   _Atomic bool stopped;     /* about to close: no more changes, commits go on */
   _Atomic bool closed;
+  _Atomic bool refused;     /* the host had no room for the last bytes that needed some, by its disk or a quota on it, and has not got any back since */
   bool awake;               /* tp_wake was called */
 
   struct cache cache;

@@ -252,7 +252,10 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
     pool_mark_unsynced(pool);
     pthread_mutex_lock(&pool->mutex);
     end_punch(pool, run, result >= 0);
-    if (result >= 0) pool->metrics.punched_bytes += run.count << pool->chunk_shift;
+    if (result >= 0) {
+      pool->metrics.punched_bytes += run.count << pool->chunk_shift;
+      pool->refused = false;
+    }
     if (result < 0) rc = tp_error_os(result);
     left -= run.count;
   }

@@ -112,6 +112,7 @@ typedef struct {
   int dirty;                /* the open transaction has changed records */
   int failed;               /* tp_error that put the pool into error mode; 0: none */
   int failed_errno;         /* errno of the host, where the thread that failed had one */
+  int refused;              /* the host has no room, by its disk or a quota on it: a write was refused, and none with new chunks has been done since */
   uint64_t cached_bytes;    /* nodes and pages in memory */
   uint64_t splits, in_place, first_writes, window_waits, fetches; /* counters since open */
 } tp_pool_info;

@@ -250,10 +250,12 @@ static int reclaim_all(tp_pool *pool) {
 
 int make_room(tp_pool *pool, int reason, int attempt) {
   if (attempt > 1) return reason == TP_NEED_WINDOW ? tp_error_set(TP_ENOSPC) : reason;
+  bool refused = pool->refused;
   if (attempt == 1 || reason == TP_ENOSPC) {
     int rc = reclaim_all(pool);
     if (rc != TP_OK) return rc;
   }
+  if (refused) pool->refused = true; /* what was punched may have been nothing: extend_window is to know */
   int rc = pool->options.extend_window(pool->options.ctx);
   return rc == TP_ENOSPC && attempt == 0 ? TP_OK : rc; /* the next attempt frees what it can first */
 }

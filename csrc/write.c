@@ -135,7 +135,10 @@ static int name_target(tp_layer *layer, uint64_t index, const struct target *t, 
   int rc = entry_load_counts(pool, t->entry); /* they may have been trimmed meanwhile */
   if (rc != TP_OK) return rc;
   unsigned first = offset / TP_BLOCK, last = (offset + length - 1) / TP_BLOCK;
-  if (t->fresh) space_map(pool, t->chunk);
+  if (t->fresh) {
+    space_map(pool, t->chunk);
+    pool->refused = false;
+  }
   uint64_t entry = make_entry(pool, t, first, last);
   if (entry_is_split(entry) && t->fresh) pool->splits++;
   if (t->entry == 0) pool->first_writes++;
@@ -208,6 +211,7 @@ int write_run(tp_layer *layer, uint64_t index, unsigned count, const uint8_t *bu
     redo_note(layer, REDO_CHUNKS, index * pool->blocks, (uint64_t)n * pool->blocks, first);
     layer->next_chunk = first + n;
     pool->first_writes += n;
+    pool->refused = false;
     *done = n;
   }
   cache_trim(pool, layer);

@@ -168,11 +168,11 @@ class Committer:
             self.engine.activate_window()
 
     def _is_short(self) -> bool:
-        """Whether hardly any space is left, of the pool's capacity or of the host's disk."""
+        """Whether hardly any space is left, of the pool's capacity or of the host's disk; of a quota on that only a refused write tells."""
         info = self.engine.info()
         left = info.capacity_chunks - info.allocated_chunks
         few = info.capacity_chunks > 0 and left <= min(info.capacity_chunks // 16, _SHORT_CHUNKS)
-        return few or shutil.disk_usage(self.store.path).free < _SHORT_BYTES
+        return few or bool(info.refused) or shutil.disk_usage(self.store.path).free < _SHORT_BYTES
 
     # --- layers that go by themselves ---
 

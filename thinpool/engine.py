@@ -51,6 +51,7 @@ class EngineInfo:
     dirty: int
     failed: int
     failed_errno: int
+    refused: int
     cached_bytes: int
     splits: int
     in_place: int

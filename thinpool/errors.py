@@ -11,7 +11,7 @@
     ├── PoolReadOnly            OSError(EROFS)      opened with read_only=True
     ├── FormatError             OSError(EINVAL)     written by a newer version, or with unknown features
     ├── DamagedError            OSError(EIO)        a record or the data file does not match its checksum or length
-    ├── OutOfSpace              OSError(ENOSPC)     the capacity, or the host's disk, is used up
+    ├── OutOfSpace              OSError(ENOSPC)     the capacity, or the host's disk or quota, is used up
     ├── DiskError               OSError(…)          the host's disk failed a read, write or sync
     ├── LayerNotFound           KeyError
     ├── LayerExists             FileExistsError
@@ -112,6 +112,10 @@ class DamagedError(ThinpoolError, OSError):
     """A stored record, or the data file, is not what was written."""
 
     os_errno = errno.EIO
+
+
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+"""What the host says where a disk is full, or a quota on it."""
 
 
 class OutOfSpace(ThinpoolError, OSError):

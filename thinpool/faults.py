@@ -25,8 +25,8 @@ def _disk(info: Any, where: str) -> errors.ThinpoolError:
 
 
 def _space(info: Any, where: str) -> errors.ThinpoolError:
-    what = "the host's disk is full" if info.os_error else "the pool's capacity is used up"
-    return errors.OutOfSpace(f"{what}{where}: remove layers, or raise the capacity")
+    what = {0: "the pool's capacity is used up", errno.EDQUOT: "a quota on the host's disk is used up"}.get(info.os_error, "the host's disk is full")
+    return errors.OutOfSpace(f"{what}{where}: remove layers, or raise the {'quota' if info.os_error == errno.EDQUOT else 'capacity'}")
 
 
 def _range(info: Any, where: str) -> errors.ThinpoolError:

@@ -24,7 +24,7 @@ import lmdb
 
 from . import engine as data_plane
 from .engine import NO_READER, crc32c
-from .errors import DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy, PoolFailed, ThinpoolError
+from .errors import NO_SPACE_ERRNOS, DamagedError, DiskError, FormatError, OutOfSpace, PoolBusy, PoolFailed, ThinpoolError
 from .poolfiles import sync_directory
 from .records import Record
 
@@ -389,8 +389,8 @@ def _lmdb_errors(path: Path) -> Iterator[None]:
         raise DamagedError(f"damaged metadata store {path}: a database is missing ({error})") from error
     except (lmdb.DiskError, lmdb.Error) as error:
         text = str(error)
-        if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
-            raise OutOfSpace(f"the host's disk is full: {path}: remove layers or other files") from error
+        if any(os.strerror(code) in text for code in NO_SPACE_ERRNOS):
+            raise OutOfSpace(f"the host's disk is full, or a quota on it: {path}: remove layers or other files") from error
         if "already open in this process" in text:
             raise PoolBusy(f"the pool {path.parent} is already open in this process", os.getpid()) from error
         if os.strerror(errno.EACCES) in text:

@@ -124,7 +124,7 @@ class Watch:
     def _room(self) -> Room:
         info = self._engine.info()
         capacity, used = info.capacity_chunks * info.chunk_size, info.allocated_chunks * info.chunk_size
-        host = self.host_free()
+        host = 0 if info.refused else self.host_free()  # which knows nothing of a user's quota
         return Room(capacity, used, max(0, min(capacity - used, host) if capacity else host))
 
     def _extend(self, pool: Pool, policy: Policy, room: Room) -> None:

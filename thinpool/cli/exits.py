@@ -20,8 +20,6 @@ code  meaning
 
 from __future__ import annotations
 
-import errno
-
 from .. import errors
 
 FAILED, USAGE, NOT_FOUND, IN_THE_WAY, NO_SPACE, DAMAGED, NEEDS_ROOT, NOT_RUN, INTERRUPTED = 1, 2, 3, 4, 5, 6, 7, 125, 130
@@ -60,7 +58,7 @@ _CODES: list[tuple[type[BaseException], int]] = [
 
 def code_of(error: BaseException) -> int:
     """The exit code of an exception."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in errors.NO_SPACE_ERRNOS:
         return NO_SPACE
     return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..api import Progress
 from ..catalog import PARTIAL_LABEL
 from ..engine import is_zero
-from ..errors import DiskError, ImportFailed, OutOfSpace, PoolExists
+from ..errors import NO_SPACE_ERRNOS, DiskError, ImportFailed, OutOfSpace, PoolExists
 from ..sharing import Sharer
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def export_raw(layer: Layer, path: Path, *, progress: Progress | None = None) ->
         os.rename(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC and not isinstance(error, OutOfSpace):
+        if error.errno in NO_SPACE_ERRNOS and not isinstance(error, OutOfSpace):
             raise OutOfSpace(f"no space for {path}") from error
         raise
     except BaseException:

@@ -13,12 +13,11 @@ has brought in it, and anything else is ``None``. A directory that is in there i
 
 from __future__ import annotations
 
-import errno
 import stat
 import tarfile
 from typing import Any, cast
 
-from ..errors import ImportFailed, OutOfSpace, ThinpoolError
+from ..errors import NO_SPACE_ERRNOS, ImportFailed, OutOfSpace, ThinpoolError
 from .compression import Readable
 from .tarstream import Member, TarStream
 from .tree import Attributes, FileTree, Path
@@ -47,7 +46,7 @@ def apply_layer(stream: Readable, tree: FileTree, *, whiteouts: bool) -> None:
             raise
         raise ImportFailed(f"the tar is damaged at {layer.member}: {error}") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in NO_SPACE_ERRNOS:
             raise OutOfSpace(f"no room for {layer.member}: give the layer a larger size, or the pool more capacity") from error
         if isinstance(error, ThinpoolError):
             raise

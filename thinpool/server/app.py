@@ -49,7 +49,7 @@ _STATUS: dict[type[Exception], int] = {
     TypeError: 400,
 }
 _STATUS_OF_ERRNO = {
-    errno.ENOSPC: 507,
+    **dict.fromkeys(errors.NO_SPACE_ERRNOS, 507),
     **dict.fromkeys((errno.EINVAL, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EADDRINUSE, errno.EADDRNOTAVAIL), 400),
 }
 

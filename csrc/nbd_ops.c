@@ -46,24 +46,23 @@ static bool do_read(struct nbd_connection *c, const struct nbd_request *r) {
 
 /* --- changing and caching --- */
 
+#define ZEROS_BYTES (512u << 10)
+#define SCRATCH_BYTES (64u << 10)
+
 static int write_zeros(tp_layer *layer, uint64_t length, uint64_t offset) {
-  static const uint8_t zeros[512 << 10];
-  int rc = TP_OK;
-  while (rc == TP_OK && length > 0) {
-    uint64_t piece = min_u64(length, sizeof zeros);
-    rc = tp_write(layer, zeros, piece, offset);
-    offset += piece, length -= piece;
-  }
-  return rc;
+  static const uint8_t zeros[ZEROS_BYTES];
+  return tp_write(layer, zeros, length, offset);
 }
 
 static int cache(tp_layer *layer, uint64_t length, uint64_t offset) {
-  uint8_t scratch[64 << 10] __attribute__((aligned(64)));
+  uint8_t scratch[SCRATCH_BYTES] __attribute__((aligned(64)));
+  return tp_read(layer, scratch, length, offset);
+}
+
+static int in_pieces(tp_layer *layer, const struct nbd_request *r, uint64_t most, int (*work)(tp_layer *, uint64_t, uint64_t)) {
   int rc = TP_OK;
-  while (rc == TP_OK && length > 0) {
-    uint64_t piece = min_u64(length, sizeof scratch);
-    rc = tp_read(layer, scratch, piece, offset);
-    offset += piece, length -= piece;
+  for (uint64_t done = 0; rc == TP_OK && done < r->length; done += most) {
+    rc = work(layer, min_u64(most, r->length - done), r->offset + done);
   }
   return rc;
 }
@@ -72,8 +71,8 @@ static bool do_change(struct nbd_outbox *out, const struct nbd_request *r, const
   tp_layer *layer = out->connection->layer;
   int rc;
   if (r->type == NBD_CMD_WRITE) rc = tp_write(layer, payload, r->length, r->offset);
-  else if (r->type == NBD_CMD_CACHE) rc = cache(layer, r->length, r->offset);
-  else if (r->flags & NBD_CMD_FLAG_NO_HOLE) rc = write_zeros(layer, r->length, r->offset);
+  else if (r->type == NBD_CMD_CACHE) rc = in_pieces(layer, r, SCRATCH_BYTES, cache);
+  else if (r->flags & NBD_CMD_FLAG_NO_HOLE) rc = in_pieces(layer, r, ZEROS_BYTES, write_zeros);
   else rc = tp_discard(layer, r->offset, r->length);
   if (rc == TP_OK && (r->flags & NBD_CMD_FLAG_FUA)) return nbd_answer_flushed(out, r->cookie);
   return nbd_answer(out, r->cookie, nbd_error(rc, fills_space(r)), false);

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import damagedpool
 import hypothesis
 import pytest
 from guesttests import pytest_configure, pytest_runtest_protocol  # noqa: F401
@@ -65,6 +66,11 @@ def crash_cuts(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def damage_rounds(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--damage-rounds"))
+
+
+@pytest.fixture
 def api_examples(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--api-examples"))
 
@@ -80,6 +86,12 @@ def pool(pool_path: Path) -> Iterator[thinpool.Pool]:
     """An open pool of 64 KiB chunks."""
     with thinpool.Pool.create(pool_path) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def sound_pool(tmp_path_factory: pytest.TempPathFactory) -> damagedpool.World:
+    """A pool with all kinds of records, of which each test damages a copy."""
+    return damagedpool.build(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture(params=["builtin", "crun", "runc"])

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import damage
+import invariants
 
 import thinpool
 from thinpool import Pool
+from thinpool.recovery.check import check
 
 CHUNK = 16 << 10
 LEAF = CHUNK * 256
@@ -69,6 +71,22 @@ def build(directory: Path, seed: int = 1) -> World:
                 for offset in offsets:
                     pieces[layer.name, offset] = layer.pread(min(CHUNK, layer.size - offset), offset)
     return World(path, earlier, pieces, ids)
+
+
+def require_whole(path: Path) -> None:
+    """The pool is sound, also for the independent reader, and can be used."""
+    report = check(path)
+    assert (report.corruptions, report.leaks) == (0, 0), report.problems
+    with Pool.open(path, background=False) as pool:
+        layer = pool.create_layer("after", "64M")
+        layer.pwrite(b"after" * 100000, 12345)
+        for old in pool.layers():
+            if not old.sealed:
+                old.pwrite(b"x", 0)
+        pool.commit()
+        pool.reclaim()
+        assert layer.pread(500000, 12345) == b"after" * 100000
+        invariants.check(pool._store.records, pool.chunk_size)
 
 
 def read_all(path: Path, pieces: dict[Place, bytes]) -> dict[str, str]:

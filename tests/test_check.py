@@ -21,14 +21,9 @@ from thinpool.recovery.scrub import scrub_chunks
 TIB = 1 << 40
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> damagedpool.World:
-    return damagedpool.build(tmp_path_factory.mktemp("world"))
-
-
 @pytest.mark.parametrize("quick", [True, False])
-def test_a_sound_pool_has_no_problems(world: damagedpool.World, quick: bool) -> None:
-    report = check(world.path, quick=quick)
+def test_a_sound_pool_has_no_problems(sound_pool: damagedpool.World, quick: bool) -> None:
+    report = check(sound_pool.path, quick=quick)
     assert (report.corruptions, report.leaks, report.ranges) == (0, 0, [])
     assert report.layers == 4
     assert quick or report.chunks > 0
@@ -74,9 +69,9 @@ print(report.corruptions, report.leaks, report.chunks, peak() - before)
     assert kilobytes < 12 << 10
 
 
-def test_progress_reaches_its_end(world: damagedpool.World) -> None:
+def test_progress_reaches_its_end(sound_pool: damagedpool.World) -> None:
     seen: list[tuple[int, int]] = []
-    check(world.path, progress=lambda done, total: seen.append((done, total)))
+    check(sound_pool.path, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
 
 
@@ -147,10 +142,10 @@ def test_free_chunks_that_are_not_zeros_are_found(pool_path: Path) -> None:
 # --- the command ---
 
 
-def test_exit_codes_are_those_of_qemu_img_check(tmp_path: Path, world: damagedpool.World) -> None:
+def test_exit_codes_are_those_of_qemu_img_check(tmp_path: Path, sound_pool: damagedpool.World) -> None:
     command = Command(tmp_path)
     assert command.start("check").returncode == 1
-    world.restore(command.pool)
+    sound_pool.restore(command.pool)
     assert command("check").startswith("full check: no errors (4 layers, ")
     assert command("check", "--quick").startswith("quick check: no errors")
     damage.zero_record(command.pool, random.Random(1), command.pool, "nodes")
@@ -159,16 +154,16 @@ def test_exit_codes_are_those_of_qemu_img_check(tmp_path: Path, world: damagedpo
     assert "corruption" in done.stdout and "its map is damaged" in done.stdout
 
 
-def test_the_report_for_programs(tmp_path: Path, world: damagedpool.World) -> None:
+def test_the_report_for_programs(tmp_path: Path, sound_pool: damagedpool.World) -> None:
     command = Command(tmp_path)
-    world.restore(command.pool)
+    sound_pool.restore(command.pool)
     report = command.json("check")
     assert (report["mode"], report["corruptions"], report["leaks"], report["layers"], report["problems"], report["ranges"]) == ("full", 0, 0, 4, [], [])
 
 
-def test_scrub_finds_changed_bytes_of_sealed_layers(tmp_path: Path, world: damagedpool.World) -> None:
+def test_scrub_finds_changed_bytes_of_sealed_layers(tmp_path: Path, sound_pool: damagedpool.World) -> None:
     command = Command(tmp_path)
-    world.restore(command.pool)
+    sound_pool.restore(command.pool)
     assert command("check", "--scrub").startswith("scrub check: no errors")
     with Pool.open(command.pool, background=False) as pool:
         snapshot = pool.layer("base@1")
@@ -179,8 +174,8 @@ def test_scrub_finds_changed_bytes_of_sealed_layers(tmp_path: Path, world: damag
     assert "layer base@1 is not what its content digest says" in done.stdout
 
 
-def test_a_data_file_cut_short_names_what_is_lost(tmp_path: Path, world: damagedpool.World) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_a_data_file_cut_short_names_what_is_lost(tmp_path: Path, sound_pool: damagedpool.World) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     with open(path / "data", "r+b") as file:
         file.truncate(1 << 20)
     report = check(path)

@@ -18,37 +18,10 @@ from thinpool.metadata import Metadata, frame
 from thinpool.recovery.check import check
 from thinpool.recovery.repair import Repair, repair
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return damagedpool.build(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def rounds(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--damage-rounds"))
-
-
-def require_whole(path: Path) -> None:
-    """The repaired pool is sound, also for the independent reader, and can be used."""
-    report = check(path)
-    assert (report.corruptions, report.leaks) == (0, 0), report.problems
-    with Pool.open(path, background=False) as pool:
-        layer = pool.create_layer("after", "64M")
-        layer.pwrite(b"after" * 100000, 12345)
-        for old in pool.layers():
-            if not old.sealed:
-                old.pwrite(b"x", 0)
-        pool.commit()
-        pool.reclaim()
-        assert layer.pread(500000, 12345) == b"after" * 100000
-        invariants.check(pool._store.records, pool.chunk_size)
-
-
-def require_rest(world: World, path: Path, done: Repair) -> None:
+def require_rest(sound_pool: World, path: Path, done: Repair) -> None:
     """All pieces are as they were, but for what the repair said is lost."""
-    names = {name: known for name, number in world.ids.items() if (known := f"lost-name-{number}") in done.found}
-    pieces = {(names.get(name, name), offset): content for (name, offset), content in world.pieces.items()}
+    names = {name: known for name, number in sound_pool.ids.items() if (known := f"lost-name-{number}") in done.found}
+    pieces = {(names.get(name, name), offset): content for (name, offset), content in sound_pool.pieces.items()}
     for place, message in damagedpool.read_all(path, pieces).items():
         name, _, offset = place.rpartition(":")
         lost = name in done.dropped or any(
@@ -59,52 +32,52 @@ def require_rest(world: World, path: Path, done: Repair) -> None:
 
 
 @pytest.mark.parametrize("database", damage.DATABASES)
-def test_damaged_records(world: World, tmp_path: Path, rounds: int, database: str) -> None:
-    for seed in range(2 * rounds):
-        path, rng = world.restore(tmp_path / "pool"), random.Random(f"{database} {seed}")
+def test_damaged_records(sound_pool: World, tmp_path: Path, damage_rounds: int, database: str) -> None:
+    for seed in range(2 * damage_rounds):
+        path, rng = sound_pool.restore(tmp_path / "pool"), random.Random(f"{database} {seed}")
         how = rng.choice(list(damage.RECORDS))
-        print(f"seed {seed}:", damage.RECORDS[how](path, rng, world.earlier, database))
+        print(f"seed {seed}:", damage.RECORDS[how](path, rng, sound_pool.earlier, database))
         done = repair(path)
         if database not in ("nodes", "maps", "layers"):
             assert (done.lost, done.dropped, done.found) == ([], [], [])
-        require_rest(world, path, done)
-        require_whole(path)
+        require_rest(sound_pool, path, done)
+        damagedpool.require_whole(path)
 
 
 @pytest.mark.parametrize("how", damage.PAGES)
-def test_damaged_pages(world: World, tmp_path: Path, rounds: int, how: str) -> None:
+def test_damaged_pages(sound_pool: World, tmp_path: Path, damage_rounds: int, how: str) -> None:
     """Where hardly anything is left, a repair says so and changes nothing; then there are backups."""
-    for seed in range(3 * rounds):
-        path, rng = world.restore(tmp_path / "pool"), random.Random(f"page {how} {seed}")
-        print(f"seed {seed}:", damage.PAGES[how](path, rng, world.earlier))
+    for seed in range(3 * damage_rounds):
+        path, rng = sound_pool.restore(tmp_path / "pool"), random.Random(f"page {how} {seed}")
+        print(f"seed {seed}:", damage.PAGES[how](path, rng, sound_pool.earlier))
         try:
             done = repair(path)
         except thinpool.DamagedError:
             assert not list(path.glob("meta.kept-*"))
             continue
-        require_rest(world, path, done)
-        require_whole(path)
+        require_rest(sound_pool, path, done)
+        damagedpool.require_whole(path)
 
 
-def test_one_damaged_leaf_costs_its_range_and_no_more(world: World, tmp_path: Path) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_one_damaged_leaf_costs_its_range_and_no_more(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     with Pool.open(path, read_only=True) as pool:
-        leaves = {(layer, offset // damagedpool.LEAF) for layer, offset in world.pieces}
+        leaves = {(layer, offset // damagedpool.LEAF) for layer, offset in sound_pool.pieces}
     table = [(key, value) for key, value in damage._records(path, "nodes") if value[4] == 0]
     damage.put(path, "nodes", table[7][0], b"gone")
     done = repair(path)
     assert {(one.length, one.offset % damagedpool.LEAF) for one in done.lost} == {(damagedpool.LEAF, 0)}
     assert {(one.layer, one.offset // damagedpool.LEAF) for one in done.lost} <= leaves
-    require_rest(world, path, done)
+    require_rest(sound_pool, path, done)
     with Pool.open(path) as pool:
         for one in done.lost:
             assert pool.layer(one.layer).labels["thinpool.lost"] == f"{one.offset}+{one.length}"
             assert pool.layer(one.layer).digests == {}
 
 
-def test_a_lost_page_between_the_records_loses_nothing(world: World, tmp_path: Path) -> None:
+def test_a_lost_page_between_the_records_loses_nothing(sound_pool: World, tmp_path: Path) -> None:
     """The branch page above the nodes: all leaves of the tree are found without it."""
-    path = world.restore(tmp_path / "pool")
+    path = sound_pool.restore(tmp_path / "pool")
     content = (path / "meta/data.mdb").read_bytes()
     branches = [at for at in range(2 * 4096, len(content), 4096) if content[at + 10 : at + 12] == b"\1\0"]
     assert branches
@@ -115,29 +88,29 @@ def test_a_lost_page_between_the_records_loses_nothing(world: World, tmp_path: P
     assert check(path).corruptions
     done = repair(path)
     assert (done.lost, done.dropped, done.found) == ([], [], [])
-    require_rest(world, path, done)
-    require_whole(path)
+    require_rest(sound_pool, path, done)
+    damagedpool.require_whole(path)
 
 
-def test_a_lost_map_gets_its_nodes_back(world: World, tmp_path: Path) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_a_lost_map_gets_its_nodes_back(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     with Pool.open(path, read_only=True) as pool:
         number = pool.layer("clone").id
     damage.put(path, "maps", number.to_bytes(8, "big"), None)
     done = repair(path)
     assert (done.lost, done.found) == ([], ["clone"])
-    bad = damagedpool.read_all(path, {place: content for place, content in world.pieces.items() if place[1] + CHUNK <= damagedpool.LEAVES * damagedpool.LEAF})
-    assert bad == {}
+    end = damagedpool.LEAVES * damagedpool.LEAF
+    assert damagedpool.read_all(path, {place: content for place, content in sound_pool.pieces.items() if place[1] + CHUNK <= end}) == {}
 
 
-def test_a_data_file_cut_short(world: World, tmp_path: Path) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_a_data_file_cut_short(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     with open(path / "data", "r+b") as file:
         file.truncate(100 * CHUNK + 5)
     done = repair(path)
     assert done.lost and {one.why for one in done.lost} == {"the data file is cut off"}
-    require_rest(world, path, done)
-    require_whole(path)
+    require_rest(sound_pool, path, done)
+    damagedpool.require_whole(path)
 
 
 def leaking(path: Path) -> None:
@@ -150,25 +123,25 @@ def leaking(path: Path) -> None:
     store.close()
 
 
-def test_leaks_only(world: World, tmp_path: Path) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_leaks_only(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     leaking(path)
     done = repair(path, leaks_only=True)
     assert (done.before.leaks, done.lost, done.found) == (1, [], [])
-    require_rest(world, path, done)
-    require_whole(path)
+    require_rest(sound_pool, path, done)
+    damagedpool.require_whole(path)
 
 
-def test_leaks_only_does_not_touch_corruption(world: World, tmp_path: Path) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_leaks_only_does_not_touch_corruption(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     damage.zero_record(path, random.Random(1), path, "nodes")
     with pytest.raises(thinpool.DamagedError, match="more than leaks"):
         repair(path, leaks_only=True)
     assert not list(path.glob("meta.*"))
 
 
-def test_the_old_metadata_is_kept(world: World, tmp_path: Path) -> None:
-    path = world.restore(tmp_path / "pool")
+def test_the_old_metadata_is_kept(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
     damage.zero_record(path, random.Random(1), path, "summaries")
     before = (path / "meta/data.mdb").read_bytes()
     done = repair(path)
@@ -176,17 +149,17 @@ def test_the_old_metadata_is_kept(world: World, tmp_path: Path) -> None:
     assert (path / "meta.kept-1/data.mdb").read_bytes() == before
 
 
-def test_a_pool_in_use_is_not_repaired(world: World, tmp_path: Path) -> None:
+def test_a_pool_in_use_is_not_repaired(sound_pool: World, tmp_path: Path) -> None:
     command = Command(tmp_path)
-    world.restore(command.pool)
+    sound_pool.restore(command.pool)
     with Pool.open(command.pool):
         code, message = command.fails("repair")
     assert code == 4 and "is open in process" in message
 
 
-def test_the_command(world: World, tmp_path: Path) -> None:
+def test_the_command(sound_pool: World, tmp_path: Path) -> None:
     command = Command(tmp_path)
-    world.restore(command.pool)
+    sound_pool.restore(command.pool)
     assert command("repair") == "nothing to repair\n"
     damage.zero_record(command.pool, random.Random(2), command.pool, "nodes")
     out = command("repair")
@@ -194,9 +167,9 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert command("check").startswith("full check: no errors")
 
 
-def test_fresh_layers_read_zeros_after_a_repair(world: World, tmp_path: Path) -> None:
+def test_fresh_layers_read_zeros_after_a_repair(sound_pool: World, tmp_path: Path) -> None:
     """Nobody's old bytes show, whatever was lost."""
-    path = world.restore(tmp_path / "pool")
+    path = sound_pool.restore(tmp_path / "pool")
     with Pool.open(path, read_only=True) as pool:
         number = pool.layer("early").id
     damage.put(path, "maps", number.to_bytes(8, "big"), b"")

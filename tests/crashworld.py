@@ -130,6 +130,8 @@ class Records:
     def __init__(self, world: World, chunk_size: int) -> None:
         self._world = world
         self._chunk_size = chunk_size
+        self.path = world.directory  # on the host, whose disk is not full
+        self.capacity = 0
         self.kinds: dict[int, dict[bytes, bytes]] = {}
         self.committed = 0
 
@@ -187,7 +189,14 @@ class Records:
         return sorted(self.kinds.get(kind, {}).items())
 
     def pool_record(self) -> dict[str, Any]:
-        return {"chunk_size": self._chunk_size, "capacity": 0}
+        return {"chunk_size": self._chunk_size, "capacity": self.capacity}
+
+    def set_capacity(self, capacity: int) -> None:
+        def effect() -> None:
+            self.capacity = capacity
+
+        if not self._world.step(effect):
+            raise PowerCut
 
     def fingerprint(self, digest: bytes) -> None:
         return None
@@ -203,7 +212,7 @@ class World:
     """One disk, one store, one power switch."""
 
     def __init__(self, directory: Path, chunk_size: int, rng: random.Random) -> None:
-        self._directory, self._rng = directory, rng
+        self.directory, self._rng = directory, rng
         self.dark = False
         self.steps = 0
         self._cut_at: int | None = None
@@ -230,7 +239,7 @@ class World:
 
     def open(self) -> Pool:
         """Opens the pool over what the disk and the store have."""
-        files = PoolFiles(self._directory)
+        files = PoolFiles(self.directory)
         return Pool(files, self.records, background=False, disk=self.disk.operations, cache_bytes=1 << 16, window_bytes=1)  # type: ignore[arg-type]
 
     def reboot(self) -> None:

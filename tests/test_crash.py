@@ -5,10 +5,13 @@ The seed is in the test's name; ``--crash-cuts`` sets how many cuts a run makes 
 
 from __future__ import annotations
 
+import math
 import random
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import invariants
@@ -16,9 +19,11 @@ import pytest
 from commandline import wait_until
 from crashworld import GARBAGE, World
 
+from thinpool import Policy
 from thinpool.digests import make_one
 from thinpool.engine import _ffi
-from thinpool.errors import PoolFailed, ThinpoolError
+from thinpool.errors import OutOfSpace, PoolFailed, ThinpoolError
+from thinpool.trash import take_back, throw_away
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Content:
     data: bytes
     sealed: bool = False
     other_size: int | None = None  # it may have this one too: a commit ran in the middle of a resize
+    old_name: str = ""  # it is in the trash, and had this one
+    overdue: bool = False  # it goes from there when the pool is opened next
     # Changes since the last durable state: (offset, bytes). Any of them may be there after a crash, torn or garbled.
     since: list[tuple[int, bytes]] = field(default_factory=list)
 
@@ -38,7 +45,7 @@ Model = dict[str, Content]
 
 def copied(model: Model) -> Model:
     """The same as it is now, durable or about to be: with nothing changed since."""
-    return {name: Content(content.key, content.data, content.sealed) for name, content in model.items()}
+    return {name: replace(content, other_size=None, since=[]) for name, content in model.items()}
 
 
 def overwritten(old: bytes, offset: int, data: bytes) -> bytes:
@@ -69,6 +76,7 @@ class Workload:
         self.now: Model = {}
         self.frozen: Model = {}
         self.durable: Model = {}
+        self.policies = [Policy()] * 3  # now, frozen, durable
         self.changing: tuple[int, int, bytes] | None = None
         self.resizing: tuple[int, int] | None = None
         self._serial = 0
@@ -80,7 +88,8 @@ class Workload:
         commit = self.pool._committer.commit
 
         def observed() -> None:
-            self.frozen = copied(self.now)
+            self._forget_emptied()
+            self.frozen, self.policies[1] = copied(self.now), self.policies[0]
             commit()
 
         self.pool._committer.commit = observed  # type: ignore[method-assign]
@@ -88,6 +97,7 @@ class Workload:
     def _committed(self) -> None:
         """The store has a new state: that of the freeze, all of whose data was synced before."""
         self.durable = copied(self.frozen)
+        self.policies[2] = self.policies[1]
         if self.changing:  # a commit in the middle of an operation, to make room
             self._note(*self.changing)
         for content in self.durable.values():
@@ -99,22 +109,24 @@ class Workload:
     def step(self) -> None:
         """One random operation."""
         self.changing = self.resizing = None
-        if not self.now:
+        if self._pick() is None:
             self.create()
             return
         operations: list[tuple[Callable[[], None], int]] = [
             (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
             (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
-            (self.rename, 1), (self.copy, 2),
+            (self.rename, 1), (self.copy, 2), (self.sparsify, 4), (self.throw_away, 2), (self.take_back, 2),
+            (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1),
         ]  # fmt: skip
         self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
+        self._forget_emptied()
 
     def _name(self) -> str:
         self._serial += 1
         return f"layer{self._serial}"
 
     def _pick(self, *, writable: bool = False) -> str | None:
-        names = [name for name, content in self.now.items() if not (writable and content.sealed)]
+        names = [name for name, content in self.now.items() if not (writable and content.sealed) and not content.old_name]
         return self.rng.choice(names) if names else None
 
     def _range(self, size: int) -> tuple[int, int]:
@@ -135,9 +147,19 @@ class Workload:
         self.changing = (self.now[name].key, offset, data)
         self._note(*self.changing)
 
-    def _changed(self, name: str, offset: int, data: bytes) -> None:
-        """It is done."""
-        self.now[name].data = overwritten(self.now[name].data, offset, data)
+    def _change(self, name: str, offset: int, data: bytes, call: Callable[[], object]) -> bool:
+        """Runs what should write these bytes. False: there is no space for all of them, and each is as it was or as it should be."""
+        self._changing(name, offset, data)
+        found = data
+        try:
+            call()
+        except OutOfSpace:
+            if self.world.dark:
+                raise
+            found = self.pool.layer(name).pread(len(data), offset)
+            assert all(byte in either for byte, *either in zip(found, self.now[name].data[offset : offset + len(data)], data, strict=True))
+        self.now[name].data = overwritten(self.now[name].data, offset, found)
+        return found is data
 
     def _note(self, key: int, offset: int, data: bytes) -> None:
         for content in self.durable.values():
@@ -150,18 +172,21 @@ class Workload:
         offset, length = self._range(len(self.now[name].data))
         self._tag = self._tag % 250 + 1
         data = bytes([self._tag if self._tag != GARBAGE else 251]) * length
-        self._changing(name, offset, data)
-        self.pool.layer(name).pwrite(data, offset)
-        self._changed(name, offset, data)
+        self._change(name, offset, data, lambda: self.pool.layer(name).pwrite(data, offset))
 
     def discard(self) -> None:
         if (name := self._pick(writable=True)) is None:
             return
         size = len(self.now[name].data)
         offset, length = (0, size) if self.rng.random() < 0.1 else self._range(size)
-        self._changing(name, offset, bytes(length))
-        self.pool.layer(name).discard(offset, length)
-        self._changed(name, offset, bytes(length))
+        self._change(name, offset, bytes(length), lambda: self.pool.layer(name).discard(offset, length))
+
+    def sparsify(self) -> None:
+        if (name := self._pick(writable=True)) is None:
+            return
+        offset, length = self._range(len(self.now[name].data))
+        self._change(name, offset, bytes(length), lambda: self.pool.layer(name).pwrite(bytes(length), offset))
+        self.pool.layer(name).sparsify()
 
     def snapshot(self) -> None:
         if (name := self._pick()) is None or len(self.now) > 12:
@@ -196,7 +221,7 @@ class Workload:
         assert handle.map_shared(place, chunk)
         self.pool.engine.revoke()
         assert handle.equal(data, place * size)
-        self._changed(target, place * size, data)
+        self.now[target].data = overwritten(self.now[target].data, place * size, data)
 
     def copy(self) -> None:
         """A sealed copy in chunks of its own, something made from it, and then the two are made one."""
@@ -210,9 +235,8 @@ class Workload:
         for extent in self.pool.layer(name).extents():
             if extent.kind == "data":
                 piece = data[extent.offset : extent.offset + extent.length]
-                self._changing(new, extent.offset, piece)
-                self.pool.layer(new).pwrite(piece, extent.offset)
-                self._changed(new, extent.offset, piece)
+                if not self._change(new, extent.offset, piece, lambda piece=piece, offset=extent.offset: self.pool.layer(new).pwrite(piece, offset)):
+                    return
         self.changing = None
         self.pool.layer(new).seal()
         self.now[new].sealed = True
@@ -244,9 +268,10 @@ class Workload:
         old = len(self.now[name].data)
         size = max(1, old + self.rng.choice((-9000, -4096, -1, 1, 4096, 9000)))
         self.resizing = (self.now[name].key, size)
-        if size < old:
-            self._changing(name, size, bytes(old - size))
-        self.pool.layer(name).resize(size, allow_shrink=True)
+        if size >= old:
+            self.pool.layer(name).resize(size)
+        elif not self._change(name, size, bytes(old - size), lambda: self.pool.layer(name).resize(size, allow_shrink=True)):
+            return
         self.now[name].data = resized(self.now[name].data, size)
 
     def seal(self) -> None:
@@ -263,7 +288,7 @@ class Workload:
     def flush(self) -> None:
         self.pool.commit()
         # Also without a new record, all data is on disk now.
-        self.durable = copied(self.now)
+        self.durable, self.policies[2] = copied(self.now), self.policies[0]
 
     def reclaim(self) -> None:
         self.pool.engine.reclaim(self.rng.choice((1, 300, 10000)))
@@ -272,7 +297,48 @@ class Workload:
         self.pool.engine.punch(self.rng.choice((1, 1 << 20)))
 
     def extend(self) -> None:
-        self.pool._committer.extend_window()
+        with suppress(OutOfSpace):
+            self.pool._committer.extend_window()
+
+    # --- the trash, and how much there is room for ---
+
+    def _forget_emptied(self) -> None:
+        """What went from the trash by itself, to make room."""
+        there = {name for _, name in self.pool.names()}
+        self.now = {name: content for name, content in self.now.items() if name in there or not content.old_name}
+
+    def throw_away(self) -> None:
+        if (name := self._pick()) is None:
+            return
+        layer, hours = self.pool.layer(name), self.rng.choice((24, -1))
+        throw_away(self.pool, layer, hours)
+        self.now[layer.name] = replace(self.now.pop(name), old_name=name, overdue=hours < 0)
+
+    def take_back(self) -> None:
+        trash = [name for name, content in self.now.items() if content.old_name]
+        if trash:
+            content = self.now.pop(self.rng.choice(trash))
+            assert take_back(self.pool.layers(), content.old_name).name == content.old_name
+            self.now[content.old_name] = replace(content, old_name="", overdue=False)
+
+    def empty_trash(self) -> None:
+        self.pool._committer.empty_trash(self.rng.choice((time.time(), math.inf)))
+
+    def set_capacity(self) -> None:
+        chunks = self.rng.choice((0, 3, self.pool.engine.info().allocated_chunks + self.rng.randrange(1, 30)))
+        before, wanted = self.world.records.capacity, chunks * self.chunk_size
+        try:
+            self.pool.set_capacity(wanted)
+        finally:
+            assert self.world.records.capacity in ((before, wanted) if self.world.dark else (wanted,))
+
+    def set_policy(self) -> None:
+        policy = Policy(extend_at=self.rng.choice((0, 50, 90)), extend_by=self.rng.choice((1, 50)), extend_max=self.rng.choice((0, 100)) * self.chunk_size)
+        self.policies[0] = policy
+        self.pool.set_policy(policy)
+
+    def look(self) -> None:
+        self.pool.watch.look()
 
     def read(self) -> None:
         if (name := self._pick()) is not None:
@@ -286,9 +352,13 @@ class Workload:
         self.world.reboot()
         invariants.check(self.world.records.of_kind, self.chunk_size)  # I5: without repair
         self._open()
-        assert {layer.name for layer in self.pool.layers()} == set(self.durable), "I8: another set of layers than was committed"
-        self.now = {name: self._verified(name, content) for name, content in self.durable.items()}
-        self.durable = copied(self.now)
+        assert self.pool.engine.info().capacity_chunks == self.world.records.capacity // self.chunk_size
+        assert self.pool.policy() == self.policies[2]
+        self.policies = [self.policies[2]] * 3
+        there = {name: content for name, content in self.durable.items() if not content.overdue}
+        assert {layer.name for layer in self.pool.layers()} == set(there), "I8: another set of layers than was committed"
+        self.now = {name: self._verified(name, content) for name, content in there.items()}
+        self.durable |= copied(self.now)  # what is overdue may come back once more, and go
 
     def _verified(self, name: str, content: Content) -> Content:
         """What a layer holds now, all of which it may."""
@@ -300,7 +370,7 @@ class Workload:
         if found != was:
             assert not content.sealed, f"{name} is sealed and changed (I7)"
             self._verify_changes(name, found, was, content.since)
-        return Content(content.key, found, content.sealed)
+        return replace(content, data=found, other_size=None, since=[])
 
     @staticmethod
     def _verify_changes(name: str, found: bytes, was: bytes, since: list[tuple[int, bytes]]) -> None:
@@ -345,7 +415,8 @@ def test_random_cuts(tmp_path: Path, seed: int, crash_cuts: int) -> None:
 SCRIPT = """
 create create write write write flush snapshot write clone write write discard flush delete reclaim flush punch write
 write reset write flush delete reclaim extend write punch flush write clone discard resize seal flush delete reclaim flush
-write snapshot copy flush write delete reclaim flush
+write snapshot copy flush write delete reclaim flush sparsify write sparsify flush punch sparsify write flush
+throw_away flush take_back throw_away set_policy flush set_capacity write look write empty_trash flush set_capacity write write flush
 """
 
 

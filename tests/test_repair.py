@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import random
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import damage
 import damagedpool
@@ -13,10 +19,13 @@ from commandline import Command
 from damagedpool import CHUNK, World
 
 import thinpool
-from thinpool import Pool
+from thinpool import Pool, poolfiles
 from thinpool.metadata import Metadata, frame
 from thinpool.recovery.check import check
 from thinpool.recovery.repair import Repair, repair
+
+CUT = 99
+
 
 def require_rest(sound_pool: World, path: Path, done: Repair) -> None:
     """All pieces are as they were, but for what the repair said is lost."""
@@ -92,6 +101,29 @@ def test_a_lost_page_between_the_records_loses_nothing(sound_pool: World, tmp_pa
     damagedpool.require_whole(path)
 
 
+def test_a_page_that_the_disk_cannot_read_is_lost_and_no_more(sound_pool: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pread, hidden = os.pread, 0
+    for page in range(9, 60, 10):
+        path = sound_pool.restore(tmp_path / "pool")
+        wanted = []
+
+        def failing(fd: int, length: int, offset: int, path: Path = path, page: int = page, wanted: list[int] = wanted) -> bytes:
+            if os.readlink(f"/proc/self/fd/{fd}") == str(path / "meta/data.mdb") and offset // 4096 == page:
+                wanted.append(offset)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return pread(fd, length, offset)
+
+        monkeypatch.setattr(os, "pread", failing)
+        report = check(path)
+        assert bool(wanted) == any(f"cannot be read at {page * 4096}" in problem.message for problem in report.problems)
+        hidden += bool(wanted)
+        done = repair(path)
+        monkeypatch.undo()
+        require_rest(sound_pool, path, done)
+        damagedpool.require_whole(path)
+    assert hidden
+
+
 def test_a_lost_map_gets_its_nodes_back(sound_pool: World, tmp_path: Path) -> None:
     path = sound_pool.restore(tmp_path / "pool")
     with Pool.open(path, read_only=True) as pool:
@@ -147,6 +179,58 @@ def test_the_old_metadata_is_kept(sound_pool: World, tmp_path: Path) -> None:
     done = repair(path)
     assert Path(done.kept) == path / "meta.kept-1"
     assert (path / "meta.kept-1/data.mdb").read_bytes() == before
+
+
+def cut_repair(path: Path, step: int) -> bool:
+    """A repair in a process that ends before, or after, that step of it (a store's transaction, a call that names or syncs files); false: it had fewer."""
+    child = os.fork()
+    if child:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, CUT)
+        return status == CUT
+    left = step
+
+    def steps(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            if (left := left - 1) == 0:
+                os._exit(CUT)
+            result = call(*arguments, **options)
+            if (left := left - 1) == 0:
+                os._exit(CUT)
+            return result
+
+        return counted
+
+    for module, name in ((os, "mkdir"), (os, "rename"), (os, "fsync"), (os, "ftruncate"), (poolfiles, "_exchange"), (Metadata, "_write")):
+        setattr(module, name, steps(getattr(module, name)))
+    try:
+        repair(path)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def test_a_repair_may_be_cut_off_anywhere(sound_pool: World, tmp_path: Path) -> None:
+    """The old metadata is there or the new, each whole, and the old one is kept then; a repair that is begun again ends well."""
+    cut, swapped = True, 0
+    for step in itertools.count(1):
+        path = sound_pool.restore(tmp_path / "pool")
+        with open(path / "data", "r+b") as file:
+            file.truncate(100 * CHUNK + 5)
+        damage.zero_record(path, random.Random(1), path, "nodes")
+        before = (path / "meta/data.mdb").read_bytes()
+        cut = cut_repair(path, step)
+        if (path / "meta/data.mdb").read_bytes() == before:
+            assert repair(path).kept
+        else:
+            swapped += 1
+            damagedpool.require_whole(path)
+        assert before in [kept.read_bytes() for kept in path.glob("meta.kept-*/data.mdb")]
+        if not cut:
+            break
+    assert step > swapped > 3
 
 
 def test_a_pool_in_use_is_not_repaired(sound_pool: World, tmp_path: Path) -> None:

@@ -82,8 +82,12 @@ class PoolFiles:
         while (kept := self.path / f"meta.kept-{number}").exists():
             number += 1
         if self.meta.exists():
-            _exchange(new, self.meta)
-            new.rename(kept)
+            new.rename(kept)  # before: from the exchange on the old one has the name that keeps it, whenever the power goes
+            try:
+                _exchange(kept, self.meta)
+            except OSError:
+                kept.rename(new)
+                raise
         else:
             new.rename(self.meta)
         sync_directory(self.path)

@@ -89,6 +89,14 @@ class LmdbFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def _read(self, length: int, offset: int) -> bytes:
+        """What the file has there: less where it ends, and nothing where the disk cannot read it."""
+        try:
+            return os.pread(self._file.fileno(), length, offset)
+        except OSError as error:
+            self._on_damage(f"the metadata file cannot be read at {offset}: {error.strerror}")
+            return b""
+
     # --- meta pages ---
 
     def _choose(self, txn: int | None) -> Meta:
@@ -109,7 +117,7 @@ class LmdbFile:
         return max(known, key=lambda meta: meta.txn)
 
     def _read_meta(self, number: int, page_size: int = 0) -> Meta | None:
-        data = os.pread(self._file.fileno(), _META_BYTES, number * page_size)
+        data = self._read(_META_BYTES, number * page_size)
         if len(data) < _META_BYTES:
             return None
         page, _, flags, _, _ = _HEAD.unpack_from(data)
@@ -131,9 +139,9 @@ class LmdbFile:
         if not 1 < number <= self.meta.last_page:
             self._on_damage(f"{whose}: names page {number}, which is not there")
             return None
-        data = os.pread(self._file.fileno(), self.page_size, number * self.page_size)
+        data = self._read(self.page_size, number * self.page_size)
         if len(data) < self.page_size:
-            self._on_damage(f"{whose}: the metadata file ends before page {number}")
+            self._on_damage(f"{whose}: the metadata file has no page {number}")
             return None
         stored, _, found, lower, upper = _HEAD.unpack_from(data)
         if stored != number or found & ~_DIRTY != flags or (flags != _OVERFLOW and not _HEAD_BYTES <= lower <= upper <= self.page_size):
@@ -172,7 +180,7 @@ class LmdbFile:
         if stored < count or (count > 1 and not self._take(number + 1, stored - 1, whose)):
             self._on_damage(f"{whose}: page {number} of the metadata file is damaged")
             return None
-        data = os.pread(self._file.fileno(), size, number * self.page_size + _HEAD_BYTES)
+        data = self._read(size, number * self.page_size + _HEAD_BYTES)
         return data if len(data) == size else None
 
     def _leaf_items(self, number: int, data: bytes, whose: str) -> Iterator[tuple[bytes, bytes, int]]:

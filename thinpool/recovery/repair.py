@@ -144,6 +144,7 @@ class _Repair:
         size = self._pages * PAGE_VALUES * self._chunk_size
         if self._files.data.stat().st_size < size:
             os.ftruncate(self._files.data_fd, size)
+            os.fsync(self._files.data_fd)
 
     # --- what there is ---
 

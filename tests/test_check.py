@@ -145,6 +145,11 @@ def test_free_chunks_that_are_not_zeros_are_found(pool_path: Path) -> None:
 def test_exit_codes_are_those_of_qemu_img_check(tmp_path: Path, sound_pool: damagedpool.World) -> None:
     command = Command(tmp_path)
     assert command.start("check").returncode == 1
+    assert command.fails("check", "--no-such-option")[0] == 1  # 2 would say corruption
+    assert command.fails("check", "too", "many")[0] == 1
+    del command.environment["THINPOOL_POOL"]
+    assert command.fails("check")[0] == 1
+    command.environment["THINPOOL_POOL"] = str(command.pool)
     sound_pool.restore(command.pool)
     assert command("check").startswith("full check: no errors (4 layers, ")
     assert command("check", "--quick").startswith("quick check: no errors")

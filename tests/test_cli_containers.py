@@ -87,5 +87,6 @@ def test_what_keeps_a_command_from_running_is_125(command: Command) -> None:
     }.items():
         code, line = command.fails(*words.split())
         assert (code, words) == (125, words) and said in line
-    for words in ("run", "run -e =x box:1 true", "run --copies 0 box:1 true", "run --frobnicate box:1"):
-        assert (command.fails(*words.split())[0], words) == (2, words)
+    for words in ("run", "run -e =x box:1 true", "run --copies 0 box:1 true", "run --frobnicate box:1", "container start"):
+        assert (command.fails(*words.split())[0], words) == (125, words)
+    assert command.fails("container", "create", "--frobnicate")[0] == 2

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from . import containers, devices, images, layers, listings, metadata, snapshots, space, top, transfer, trust
+from . import containers, devices, images, layers, listings, metadata, options, snapshots, space, top, transfer, trust
 from .exits import INTERRUPTED, USAGE, code_of, message_of
 
 app = typer.Typer(
@@ -83,9 +83,11 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
     },
 }
 
+_CLASSES: dict[str, type[options.UsageCode]] = {"run": containers.Run, "check": trust.Check}
+
 for _panel, _verbs in _VERBS.items():
     for _name, _verb in _verbs.items():
-        app.command(_name, rich_help_panel=_panel, cls=containers.WithCommand if _name == "run" else None)(_verb)
+        app.command(_name, rich_help_panel=_panel, cls=_CLASSES.get(_name))(_verb)
 app.add_typer(containers.app, rich_help_panel="Containers")
 
 
@@ -125,15 +127,15 @@ def main() -> None:
         status = 0
     except Exception as error:
         if hasattr(error, "format_message"):  # click's, which typer does not export
-            status = _report_usage(error, error.format_message())
+            _report_usage(error, error.format_message())
+            status = getattr(error, "exit_code", USAGE)
         else:
             status = code_of(error)
             report(error)
     sys.exit(status)
 
 
-def _report_usage(error: Exception, message: str) -> int:
+def _report_usage(error: Exception, message: str) -> None:
     ctx = getattr(error, "ctx", None)
     if message:  # none when typer has shown the help instead
         print(f"thinpool: {message} (see {ctx.command_path if ctx else 'thinpool'} --help)", file=sys.stderr)
-    return USAGE

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from ..api import Container, PoolAPI
 from ..errors import BadName
@@ -35,7 +34,7 @@ Runtime = Annotated[
 _COMMAND_LENGTH = 24
 
 
-class WithCommand(TyperCommand):
+class WithCommand(options.UsageCode):
     """A verb whose last words are a command: all that comes after the first word, or after ``--``.
 
     As with Docker, options come before the image: ``run --rm IMAGE ls -l``. They may also come after it, when ``--`` parts them from
@@ -50,6 +49,12 @@ class WithCommand(TyperCommand):
         elif behind and behind[0].startswith("-") and "--" in behind:
             ctx.allow_interspersed_args = True
         return super().parse_args(ctx, args)
+
+
+class Run(WithCommand):
+    """As Docker has it: whatever keeps the command from running is 125, for any other code may be the command's own."""
+
+    usage_code = NOT_RUN
 
 
 @app.command("create", cls=WithCommand)
@@ -130,7 +135,7 @@ def run(
     _run(ctx, pool, work)
 
 
-@app.command("start", cls=WithCommand)
+@app.command("start", cls=Run)
 def start(ctx: typer.Context, container: options.Container, command: Command = None, runtime: Runtime = "", pool: options.Pool = None) -> None:
     """Run a command in a container that is there; its status is the command's. Needs root."""
     from ..containers.run import start_container

@@ -11,11 +11,12 @@ code  meaning
 5     no space: the pool's capacity, a layer's quota, or the host's disk
 6     damaged: a record, the data file, an unknown format, a failing disk
 7     needs root, or a permission
-125   ``run`` and ``container start`` only: the container could not be started (the command's status otherwise)
+125   ``run`` and ``container start`` only: the command could not be run, used wrongly too (the command's status otherwise)
 130   interrupted
 ====  ==========================================================================
 
-``check`` has the codes of ``qemu-img check`` instead: 0 nothing found, 1 it could not be done, 2 corruption, 3 leaks only.
+``check`` has the codes of ``qemu-img check`` instead: 0 nothing found, 1 it could not be done (used wrongly too), 2 corruption,
+3 leaks only.
 """
 
 from __future__ import annotations

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import typer
+from typer.core import TyperCommand
 
 from ..api import Attachment, LayerAPI, PoolAPI
 from ..errors import LayerNotFound
+from .exits import USAGE
 
 Pool = Annotated[
     Path | None,
@@ -22,6 +24,29 @@ Labels = Annotated[list[str] | None, typer.Option("--label", metavar="KEY=VALUE"
 Container = Annotated[str, typer.Argument(metavar="CONTAINER", help="A container's name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, sizes in bytes.")]
 NoTrunc = Annotated[bool, typer.Option("--no-trunc", help="Digests and commands in full.")]
+
+
+class UsageCode(TyperCommand):
+    """A verb that has another program's exit codes, and that program's for being used wrongly: 2 may mean something else there."""
+
+    usage_code: ClassVar[int] = USAGE
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with self._coded():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with self._coded():
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _coded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if hasattr(error, "format_message"):  # click's, which typer does not export
+                error.exit_code = self.usage_code  # type: ignore[attr-defined]
+            raise
 
 
 def pool_path(ctx: typer.Context, given: Path | None) -> Path:

@@ -24,6 +24,12 @@ CORRUPT, LEAKS = 2, 3  # what qemu-img check exits with
 _SHOWN_MAX = 50
 
 
+class Check(options.UsageCode):
+    """As ``qemu-img check`` has it: one that was asked for wrongly could not be done, and 2 is corruption."""
+
+    usage_code = FAILED
+
+
 def check(
     ctx: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the leaves of the maps and the counts of chunks.")] = False,

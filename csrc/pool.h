@@ -122,6 +122,9 @@ static inline bool layer_is_past_end(const struct tp_layer *layer, uint64_t inde
   return index == end >> layer->pool->chunk_shift && (index << layer->pool->chunk_shift) + offset + length > end;
 }
 
+/* The counts cannot be right: error mode, so that the transaction that this came up in is never stored. Mutex held. Returns TP_ECORRUPT, set. */
+int pool_damaged(struct tp_pool *pool, uint32_t kind, uint64_t key); /* txn.c */
+
 /* layer.c */
 void layer_free(struct tp_layer *layer);
 void layer_encode(struct tp_pool *pool, struct tp_layer *layer);

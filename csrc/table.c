@@ -91,7 +91,10 @@ uint64_t count_down(struct tp_pool *pool, uint32_t kind, uint64_t item) {
   struct page *page = page_loaded(pool, kind, item);
   unsigned i = slot_in_page(item);
   uint32_t floor = kind == TP_CHUNK_PAGE ? CHUNK_DIRTY : 0;
-  assert(page->value[i] > floor);
+  if (page->value[i] <= floor) { /* named by more than it has references (I1, I2), which the load could not see */
+    pool_damaged(pool, kind, item / PAGE_VALUES);
+    return 1;
+  }
   record_touch(pool, &page->rec);
   uint64_t left = page->value[i] - 1 - floor;
   if (left > 0) {

@@ -41,7 +41,8 @@ struct page *page_loaded(struct tp_pool *pool, uint32_t kind, uint64_t item);
 /* Reference counts. load_* bring the page in and may fail; the others need it loaded, and cannot. */
 int load_count(struct tp_pool *pool, uint32_t kind, uint64_t item, uint64_t *count);
 void count_up(struct tp_pool *pool, uint32_t kind, uint64_t item);
-/* Returns the count that is left. A chunk whose count falls to 0 is freed with the open transaction's commit. */
+/* Returns the count that is left. A chunk whose count falls to 0 is freed with the open transaction's commit. What has none left
+ * puts the pool into error mode, and keeps none. */
 uint64_t count_down(struct tp_pool *pool, uint32_t kind, uint64_t item);
 /* True if item has one owner now, and had no other in the last committed state. Page loaded. */
 bool count_is_mine(struct tp_pool *pool, uint32_t kind, uint64_t item);

@@ -129,10 +129,10 @@ void tp_touch(tp_pool *pool) {
   pthread_mutex_unlock(&pool->mutex);
 }
 
-void tp_fail(tp_pool *pool, int error) {
+/* Mutex held. */
+static void fail(tp_pool *pool, int error) {
   tp_error_info why;
   tp_last_error(&why);
-  pthread_mutex_lock(&pool->mutex);
   if (!pool->failed) {
     pool->failed_errno = why.code == error ? why.os_error : 0;
     pool->failed = error;
@@ -140,7 +140,18 @@ void tp_fail(tp_pool *pool, int error) {
   }
   pthread_cond_broadcast(&pool->committed);
   pthread_cond_signal(&pool->work);
+}
+
+void tp_fail(tp_pool *pool, int error) {
+  pthread_mutex_lock(&pool->mutex);
+  fail(pool, error);
   pthread_mutex_unlock(&pool->mutex);
+}
+
+int pool_damaged(tp_pool *pool, uint32_t kind, uint64_t key) {
+  int rc = tp_error_record(TP_ECORRUPT, kind, key);
+  fail(pool, rc);
+  return rc;
 }
 
 /* --- flushes --- */
@@ -200,7 +211,7 @@ static int64_t reclaim_node(tp_pool *pool) {
   if (rc == TP_OK) rc = load_count(pool, TP_NODE_PAGE, id, &count);
   if (rc == TP_OK) rc = node_load_counts(pool, node);
   if (rc != TP_OK) return rc;
-  assert(count == 1 && node->rec.pins == 0); /* I2: the queue's own reference; no layer looks at it any more */
+  if (count != 1 || node->rec.pins != 0) return pool_damaged(pool, TP_NODE_PAGE, id / PAGE_VALUES); /* I2: the queue's own reference; no layer looks at it any more */
   pool->reclaim.count--;
   pool->reclaim.changed = true;
   record_touch(pool, &node->rec); /* a frozen state may still have it: it is encoded before it is emptied */

@@ -15,6 +15,9 @@ from typing import Any
 
 import lmdb
 
+from thinpool.engine import CHUNK_PAGE, MAP, NODE_PAGE, STATE, SUMMARY
+from thinpool.recovery.records import NodeReader, make_page, new_page, of_varints, read_page, varints
+
 DATABASES = ("nodes", "chunk-counts", "node-counts", "summaries", "maps", "state", "layers", "pool", "documents")
 PAGE = 4096
 Damage = Callable[[Path, random.Random, Path], str]
@@ -87,6 +90,50 @@ RECORDS: dict[str, Callable[[Path, random.Random, Path, str], str]] = {
     "swap": swap_records,
     "drop": drop_record,
 }
+
+
+# --- records whose checksum is right, and that do not say what is so ---
+
+
+def wrong_node(path: Path, rng: random.Random, chunk_size: int) -> str:
+    """An entry of a map node, or a block of a split one, is another one, nothing, or nonsense."""
+    key, value = rng.choice(_records(path, "nodes"))
+    reader, number = NodeReader(chunk_size), int.from_bytes(key, "big")
+    assert reader.read(number, value, splits=True)
+    entries, splits = list(reader.entries()), [(place, own, list(blocks)) for place, own, blocks in reader.splits()]
+    used = [place for place, entry in enumerate(entries) if entry]
+    other = rng.choice((0, entries[rng.choice(used)] if used else 1, rng.randrange(1, 3000), 1 << 40))
+    if splits and rng.random() < 0.5:
+        _, _, blocks = rng.choice(splits)
+        blocks[rng.randrange(len(blocks))] = other
+    elif used:
+        entries[rng.choice(used)] = other
+    put(path, "nodes", key, reader.make(number, reader.level, entries, splits))
+    return f"nodes: {number} has an entry {other}"
+
+
+def wrong_counts(path: Path, rng: random.Random, database: str) -> str:
+    """Some values of a page are lower, higher, or nonsense."""
+    kind = {"chunk-counts": CHUNK_PAGE, "node-counts": NODE_PAGE, "summaries": SUMMARY}[database]
+    key, value = rng.choice(_records(path, database))
+    number, values = int.from_bytes(key, "big"), new_page()
+    assert read_page(kind, number, value, values)
+    for _ in range(rng.choice((1, 3, 50))):
+        place = rng.choice([place for place in range(1024) if values[place]] or [0])
+        values[place] = rng.choice((0, 1, 2, max(0, values[place] - 1), values[place] + 1, 1 << 31))
+    put(path, database, key, make_page(kind, number, values))
+    return f"{database}: values of page {number} changed"
+
+
+def wrong_numbers(path: Path, rng: random.Random, database: str) -> str:
+    """One of the numbers of a layer's map, or of the pool's state, is another one."""
+    kind = {"maps": MAP, "state": STATE}[database]
+    key, value = rng.choice(_records(path, database))
+    numbers = varints(kind, key, value)
+    place = rng.randrange(len(numbers))
+    numbers[place] = rng.choice((0, 1, numbers[place] + 1, max(0, numbers[place] - 1), 1 << 40))
+    put(path, database, key, of_varints(kind, key, numbers))
+    return f"{database}: number {place} of {key.hex()} is {numbers[place]}"
 
 
 # --- the metadata file, by pages ---

@@ -6,8 +6,11 @@ import json
 import os
 import random
 import signal
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import damage
 import invariants
@@ -94,18 +97,28 @@ def read_all(path: Path, pieces: dict[Place, bytes]) -> dict[str, str]:
 
     ``""`` stands for the pool as a whole: it cannot be opened, or took the process down with it.
     """
+    found: str | dict[str, str] = apart(lambda: _read(path, pieces))
+    return {"": found} if isinstance(found, str) else found
+
+
+def apart(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives, done in a process of its own; or, as text, how that ended."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        with os.fdopen(writing, "w") as out:
-            out.write(json.dumps(_read(path, pieces)))
-        os._exit(0)
+        try:
+            with os.fdopen(writing, "w") as out:
+                out.write(json.dumps(work()))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as answer:
         text = answer.read()
     _, status = os.waitpid(child, 0)
-    return json.loads(text) if status == 0 else {"": f"ended by signal {status & 127}"}
+    return json.loads(text) if status == 0 else f"ended by signal {status & 127}, with code {status >> 8}"
 
 
 def _read(path: Path, pieces: dict[Place, bytes]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from .backups import BackupKeeper, Source
 from .catalog import PARTIAL_LABEL, Catalog
-from .engine import WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, EngineLayer
+from .engine import CORRUPT, WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, EngineLayer
 from .errors import OutOfSpace, PoolClosed, PoolFailed, ThinpoolError
 from .records import Record
 
@@ -121,6 +121,8 @@ class Committer:
         info = self.engine.info()
         if not info.failed:
             return {}
+        if info.failed == CORRUPT:
+            return {"mode": "error", "cause": "counts in the metadata are damaged: maps name more than they count", "way_out": f"{WAY_OUT}; then repair it"}
         return {"mode": "error", "cause": self._failure or f"a sync of the data failed: {os.strerror(info.failed_errno)}", "way_out": WAY_OUT}
 
     def commit(self) -> None:

@@ -30,6 +30,8 @@ _ERRORS = {getattr(_core, code): fault for code, fault in FAULTS.items()}
 
 WORK_WINDOW, WORK_RECLAIM, WORK_PUNCH, WORK_COMMIT, WORK_OVERDUE = 1, 2, 4, 8, 16
 """Bits of :meth:`Engine.wait_work`."""
+CORRUPT: int = _core.TP_ECORRUPT
+"""In :attr:`EngineInfo.failed`: the pool is in error mode as its counts cannot be right."""
 BLOCK_SIZE = 4096
 _WINDOW_KEY, _EXTENTS_PER_CALL = 2, 1024
 NO_READER = 2**64 - 1

@@ -38,11 +38,16 @@ int map_find(tp_layer *layer, uint64_t leaf_index, struct node **out) {
   }
 }
 
-/* Room for the counts of the nodes that one path can need. */
+/* Room for the counts of the nodes that one path can need. Whose count is there already has not got a new id: the pool's state is damaged. */
 static int load_new_count_pages(struct tp_pool *pool) {
-  struct page *page;
-  int rc = page_get(pool, TP_NODE_PAGE, pool->next_node / PAGE_VALUES, &page);
-  if (rc == TP_OK) rc = page_get(pool, TP_NODE_PAGE, (pool->next_node + 2 * MAX_HEIGHT) / PAGE_VALUES, &page);
+  struct page *first, *last;
+  uint64_t begin = pool->next_node, end = begin + 2 * MAX_HEIGHT;
+  int rc = page_get(pool, TP_NODE_PAGE, begin / PAGE_VALUES, &first);
+  if (rc == TP_OK) rc = page_get(pool, TP_NODE_PAGE, end / PAGE_VALUES, &last);
+  for (uint64_t id = begin; rc == TP_OK && id <= end; id++) {
+    const struct page *page = id / PAGE_VALUES == first->rec.key ? first : last;
+    if (page->value[id % PAGE_VALUES] != 0) rc = tp_error_record(TP_ECORRUPT, TP_STATE, 0);
+  }
   return rc;
 }
 

@@ -15,9 +15,9 @@ import damagedpool
 import pytest
 from damagedpool import CHUNK, World
 
-from thinpool import Pool, PoolFailed, ThinpoolError
+from thinpool import DamagedError, Pool, PoolFailed, ThinpoolError
 from thinpool.engine import NODE_PAGE, STATE
-from thinpool.recovery.records import NodeReader, make_page, new_page, read_page, varints
+from thinpool.recovery.records import NodeReader, make_page, new_page, of_varints, read_page, varints
 
 WRONG: dict[str, Callable[[Path, random.Random], str]] = {
     "nodes": lambda path, rng: damage.wrong_node(path, rng, CHUNK),
@@ -91,6 +91,18 @@ def test_a_chunk_that_is_named_more_often_than_it_counts(pool_path: Path) -> Non
         assert pool.layer("b").pread(CHUNK, 0) == b"b" * CHUNK
     with Pool.open(pool_path, read_only=True) as pool:
         assert pool.layer("a").pread(CHUNK, 0) == b"a" * CHUNK
+
+
+def test_node_ids_that_would_be_given_twice(sound_pool: World, tmp_path: Path) -> None:
+    path = sound_pool.restore(tmp_path / "pool")
+    key, value = next((key, value) for key, value in damage._records(path, "state") if key[-1] == 0)
+    damage.put(path, "state", key, of_varints(STATE, key, [1, *varints(STATE, key, value)[1:]]))
+    with Pool.open(path, background=False) as pool:
+        clone = pool.layer("base").clone("new")
+        with pytest.raises(DamagedError, match="pool state"):
+            clone.pwrite(b"x", 0)
+        offset = next(offset for name, offset in sound_pool.pieces if name == "base")
+        assert clone.pread(CHUNK, offset) == sound_pool.pieces["base", offset]
 
 
 def test_a_deleted_node_that_counts_too_much(sound_pool: World, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ RANKS = {
     **dict.fromkeys(("errors", "_core", "_ext4", "metrics"), 0),
     **dict.fromkeys(("units", "api", "faults", "records", "closing"), 1),
     **dict.fromkeys(("engine", "catalog", "layerfile", "poolfiles"), 2),
-    **dict.fromkeys(("metadata", "backups", "measuring", "trash"), 3),
+    **dict.fromkeys(("metadata", "backups", "measuring", "trash", "deltas"), 3),
     "commits": 4,
     "recovery": 4,
     **dict.fromkeys(("layer", "digests", "limits", "policy"), 5),

@@ -19,6 +19,16 @@ struct target {
   bool in_place;       /* the entry names chunk for these blocks already */
 };
 
+/* The piece writes the layer's last block, ragged, where its own chunk does not hold that now. A committed state may say that it does, with zeros
+ * behind the end, and a block that is not named is written whole. */
+static bool renames_end(const tp_layer *layer, uint64_t index, unsigned offset, unsigned length, uint64_t entry) {
+  uint64_t end = layer->durable_size, first = index << layer->pool->chunk_shift;
+  if (!entry_is_split(entry) || end % TP_BLOCK == 0 || index != end >> layer->pool->chunk_shift) return false;
+  unsigned block = (unsigned)(end - first) / TP_BLOCK;
+  const struct split *split = entry_split(entry);
+  return block >= offset / TP_BLOCK && block <= (offset + length - 1) / TP_BLOCK && split->block[block] != split->own;
+}
+
 static int choose(tp_layer *layer, uint64_t index, unsigned offset, unsigned length, struct target *t) {
   struct tp_pool *pool = layer->pool;
   bool past_end = layer_is_past_end(layer, index, offset, length);
@@ -26,6 +36,7 @@ static int choose(tp_layer *layer, uint64_t index, unsigned offset, unsigned len
   int rc = map_own_leaf(layer, index / FANOUT, &t->leaf, &t->mine);
   if (rc != TP_OK) return rc;
   t->entry = t->leaf->entry[t->i];
+  past_end = past_end || renames_end(layer, index, offset, length, t->entry);
   if ((rc = entry_load_counts(pool, t->entry)) != TP_OK) return rc;
   uint64_t own = entry_is_split(t->entry) ? entry_split(t->entry)->own : t->entry;
   if (own != 0 && t->mine && (!past_end || own == layer->tail_chunk)) {

@@ -523,3 +523,25 @@ def test_a_lost_growth_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
     layer.resize(9000)
     assert layer.pread(9000, 0) == b"x" * 1542 + bytes(7458)
     pool.engine.close()
+
+
+def test_a_torn_write_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
+    """The last block is written whole where it was a hole: what the committed state has there, zeros behind the end among it, must not be at stake."""
+    world = World(tmp_path, 65536, random.Random(1))
+    pool = world.open()
+    layer = pool.create_layer("a", 10096)
+    layer.pwrite(b"x" * 10096, 0)
+    pool.commit()
+    layer.discard(8192, 1904)
+    for _ in range(2):
+        layer.pwrite(b"y" * 1904, 8192)
+    assert layer.pread(10096, 0) == b"x" * 8192 + b"y" * 1904
+    world.disk._unsynced = [(offset, bytes([GARBAGE]) * len(what)) for offset, what in world.disk._unsynced if isinstance(what, bytes)]
+    world.disk._sync(None)
+    pool.engine.close()
+    world.reboot()
+    pool = world.open()
+    layer = pool.layer("a")
+    layer.resize(14192)
+    assert layer.pread(14192 - 10096, 10096) == bytes(14192 - 10096)
+    pool.engine.close()

@@ -286,3 +286,25 @@ def test_a_client_that_goes_ends_its_import(path: Path, tmp_path: Path) -> None:
         pool.import_raw(image, "big", progress=leave)
     wait_until(lambda: [record.name for record in pool.records()] in ([], ["big"]))  # given up, or too quick to be
     pool.close()
+
+
+def test_an_answer_may_be_the_last_on_its_connection(tmp_path: Path) -> None:
+    """As one is that a server gives while it leaves: the next request goes by another connection."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\nConnection: close\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
+
+    def serve() -> None:
+        for _ in range(2):
+            connection, _address = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "server.sock"))
+        listener.listen()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with RemotePool(tmp_path) as pool:
+            pool.commit()
+        thread.join(30)
+        assert not thread.is_alive()

@@ -55,6 +55,8 @@ class _Connection(http.client.HTTPConnection):
 
     def is_open(self) -> bool:
         """Whether the other end is open still: it sends nothing unasked."""
+        if self.sock is None:  # it said that its answer was the last one
+            return False
         try:
             self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:

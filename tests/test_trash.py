@@ -155,3 +155,10 @@ def test_through_a_server(command: Command) -> None:
     assert {item["layer"] for item in command.json("undelete")} == {"web"}
     command("undelete", "web")
     command("detach", "base")
+
+
+def test_listing_the_trash_while_somebody_else_deletes(pool: thinpool.Pool) -> None:
+    layers = [pool.create_layer(name, "1M") for name in ("a", "b")]
+    throw_away(pool, layers[0], 1)
+    layers[1].delete()
+    assert thrown_away(layers) == [layers[0]]

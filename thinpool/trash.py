@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .catalog import TRASH_LABEL
-from .errors import LayerBusy, LayerNotFound
+from .errors import LayerBusy, LayerDeleted, LayerNotFound
 
 if TYPE_CHECKING:
     from .api import LayerAPI, PoolAPI
@@ -35,7 +36,12 @@ def throw_away(pool: PoolAPI, layer: LayerAPI, keep_hours: float) -> None:
 
 def thrown_away(layers: Iterable[LayerAPI]) -> list[LayerAPI]:
     """Those of the layers that are in the trash, the one that goes last first."""
-    return sorted((layer for layer in layers if TRASH_LABEL in layer.labels), key=goes_at, reverse=True)
+    found = []
+    for layer in layers:
+        with suppress(LayerDeleted):  # by somebody else, since they were listed
+            if TRASH_LABEL in layer.labels:
+                found.append((goes_at(layer), layer))
+    return [layer for _, layer in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def goes_at(layer: LayerAPI) -> float:
@@ -51,9 +57,10 @@ def name_of(layer: LayerAPI) -> str:
 def take_back(layers: Iterable[LayerAPI], name: str, new_name: str | None = None) -> LayerAPI:
     """The layer that was thrown away last under that name, out of the trash. Raises LayerNotFound; LayerExists where the name is taken."""
     for layer in thrown_away(layers):
-        if name in (name_of(layer), layer.name):
-            if layer.name != (back := new_name or name_of(layer)):
-                layer.rename(back)
-            layer.set_labels({key: value for key, value in layer.labels.items() if key not in (TRASH_LABEL, NAME_LABEL)})
-            return layer
+        with suppress(LayerDeleted):
+            if name in (name_of(layer), layer.name):
+                if layer.name != (back := new_name or name_of(layer)):
+                    layer.rename(back)
+                layer.set_labels({key: value for key, value in layer.labels.items() if key not in (TRASH_LABEL, NAME_LABEL)})
+                return layer
     raise LayerNotFound(f"no layer named {name!r} in the trash")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..catalog import TRASH_LABEL
+from ..errors import LayerDeleted
 from ..trash import KEEP_HOURS, goes_at, name_of, take_back, throw_away, thrown_away
 from ..units import format_size
 from . import options
@@ -132,5 +134,8 @@ def digest(ctx: typer.Context, pool: options.Pool = None) -> None:
     """Compute the content digests that sealed layers lack; layers found equal share all from then on."""
     with opened(ctx, pool, gives_back=True) as p, progress_bar("computing digests") as progress:
         p.compute_digests(progress)
-        layers = [layer for layer in p.layers() if "content" in layer.digests]
-        print_table(("DIGEST", "LAYER"), [(layer.digests["content"], layer.name) for layer in layers])
+        rows = []
+        for layer in p.layers():
+            with suppress(LayerDeleted):  # by somebody else, since they were listed
+                rows += [(digest, layer.name) for kind, digest in layer.digests.items() if kind == "content"]
+        print_table(("DIGEST", "LAYER"), rows)

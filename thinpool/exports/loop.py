@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from ..errors import LayerBusy, ToolFailed
 from .holders import describe, holders
-from .keeping.takedown import device_number, devices, let_go
+from .keeping.takedown import device_number, device_path, devices, let_go
 
 _SET_STATUS64, _GET_STATUS64, _SET_CAPACITY, _CONFIGURE, _GET_FREE = 0x4C04, 0x4C05, 0x4C07, 0x4C0A, 0x4C82
 _READ_ONLY, _AUTOCLEAR, _DIRECT_IO = 1, 4, 16
@@ -42,10 +42,12 @@ class LoopDevice:
     def __init__(self, file: str, sector_size: int = 512, read_only: bool = False, orphan: str | None = None) -> None:
         """``sector_size``: its logical block size in bytes; ``orphan``: the device, if it is there already.
 
-        Raises :class:`~thinpool.errors.ToolFailed` where the kernel has no loop devices, or refuses.
+        Raises :class:`~thinpool.errors.ToolFailed` where the kernel has no loop devices, or refuses; LayerBusy where an earlier one does not go.
         """
         self._file = os.open(file, os.O_PATH | os.O_CLOEXEC)  # to have its attributes looked at without asking for its name
         try:
+            if orphan is None:
+                _wait_for_earlier(file)
             self.path = orphan or _attach(file, sector_size, read_only)
         except BaseException:
             self.close()
@@ -78,6 +80,15 @@ class LoopDevice:
     def close(self) -> None:
         """Forget about the device, which was detached or taken down."""
         os.close(self._file)
+
+
+def _wait_for_earlier(file: str) -> None:
+    """Until no other device is on it. What a killed process was unmounting is in no mount table any more, and is still written through its device."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while others := [number for number, backing in devices().items() if backing == file]:
+        if time.monotonic() > deadline:
+            raise LayerBusy(f"{file} is still written to through {device_path(others[0])}: try again later")
+        time.sleep(0.01)
 
 
 def _attach(file: str, sector_size: int, read_only: bool) -> str:

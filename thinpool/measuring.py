@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from .api import PoolUsage
 from .engine import Engine, _core, _ffi
 from .metrics import OPERATIONS, PHASES, Histogram, LayerMetrics, Operations, PoolMetrics
 
@@ -30,6 +31,15 @@ def _histogram(counted: Any) -> Histogram:
 
 def _operations(counted: Any) -> dict[str, Operations]:
     return {kind: Operations(one.count, one.errors, one.bytes, _histogram(one.latency)) for kind, one in zip(OPERATIONS, counted, strict=True)}
+
+
+def usage_of(pool: Pool) -> PoolUsage:
+    """What it takes: the method ``usage`` of :class:`~thinpool.pool.Pool`."""
+    pool._require_open()
+    info, host, size = pool.engine.info(), pool._files.data.stat().st_blocks * 512, pool.chunk_size
+    trash, reclaimable = pool._committer.trash_figures()
+    capacity, allocated, layers = info.capacity_chunks * size, info.allocated_chunks * size, len(pool._catalog) - trash
+    return PoolUsage(capacity, allocated, host, pool._store.usage(), layers, reclaimable * size, **pool._committer.error_mode())
 
 
 def measure(pool: Pool) -> PoolMetrics:

@@ -26,8 +26,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from .api import Event, Policy
+from .api import Event, Policy, Size
 from .errors import BadSize, PoolClosed, ThinpoolError
+from .units import format_size, parse_size
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -170,6 +171,16 @@ class Watch:
 
 
 # --- methods of the pool ---
+
+
+def set_capacity(pool: Pool, capacity: Size) -> None:
+    """Bytes that the layers' data may take from now on; 0: no limit. What is there already stays."""
+    pool._require_writable()
+    capacity_bytes = parse_size(capacity)
+    if 0 < capacity_bytes < pool.chunk_size:
+        raise BadSize(f"a capacity of {capacity} holds not even one chunk of {format_size(pool.chunk_size)}")
+    pool._store.set_capacity(capacity_bytes)
+    pool._engine.set_capacity(capacity_bytes)
 
 
 def policy_of(pool: Pool) -> Policy:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
-from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, PoolUsage, Progress, Size, UsesAPI
+from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, Progress, Size, UsesAPI
 from .catalog import PARTIAL_LABEL, TRASH_LABEL, Catalog, LayerRecord
 from .closing import open_pools
 from .commits import Committer, Fingerprints, Housekeeper, drain
@@ -29,9 +29,9 @@ from .engine import Engine, EngineLayer
 from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
 from .layer import Layer
 from .limits import enforce_limits, set_limits
-from .measuring import measure
+from .measuring import measure, usage_of
 from .metadata import Metadata
-from .policy import Watch, events_of, policy_of, set_policy
+from .policy import Watch, events_of, policy_of, set_capacity, set_policy
 from .poolfiles import PoolFiles
 from .units import format_size, parse_size
 
@@ -215,25 +215,8 @@ class Pool:
         """The data plane, for exports that serve layers from C."""
         return self._engine
 
-    def usage(self) -> PoolUsage:
-        self._require_open()
-        info, host, size = self._engine.info(), self._files.data.stat().st_blocks * 512, self._chunk_size
-        trash, reclaimable = self._committer.trash_figures()
-        capacity, allocated, layers = info.capacity_chunks * size, info.allocated_chunks * size, len(self._catalog) - trash
-        return PoolUsage(capacity, allocated, host, self._store.usage(), layers, reclaimable * size, **self._committer.error_mode())
-
-    metrics = measure
-
-    def set_capacity(self, capacity: Size) -> None:
-        """Bytes that the layers' data may take from now on; 0: no limit. What is there already stays."""
-        self._require_writable()
-        capacity_bytes = parse_size(capacity)
-        if 0 < capacity_bytes < self._chunk_size:
-            raise BadSize(f"a capacity of {capacity} holds not even one chunk of {format_size(self._chunk_size)}")
-        self._store.set_capacity(capacity_bytes)
-        self._engine.set_capacity(capacity_bytes)
-
-    policy, set_policy, events, set_limits = policy_of, set_policy, events_of, set_limits
+    usage, metrics = usage_of, measure
+    set_capacity, policy, set_policy, events, set_limits = set_capacity, policy_of, set_policy, events_of, set_limits
 
     # --- layers ---
 

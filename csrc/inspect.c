@@ -84,12 +84,14 @@ int tp_inspect_node(uint64_t id, const void *value, uint64_t length, uint64_t bl
   return in.bad || in.position != in.length ? TP_ECORRUPT : TP_OK;
 }
 
+static unsigned values_of(uint32_t kind) { return kind == TP_CHECKSUM ? CHECKSUM_VALUES : PAGE_VALUES; }
+
 int tp_inspect_page(uint32_t kind, uint64_t key, const void *value, uint64_t length, uint32_t *out) {
   uint64_t values[PAGE_VALUES];
   struct reader in = open_value(kind, key, value, length);
-  if (!in.bad) codec_get_array(&in, values, PAGE_VALUES);
+  if (!in.bad) codec_get_array(&in, values, values_of(kind));
   if (in.bad || in.position != in.length) return TP_ECORRUPT;
-  for (unsigned i = 0; i < PAGE_VALUES; i++) {
+  for (unsigned i = 0; i < values_of(kind); i++) {
     if (values[i] > UINT32_MAX) return TP_ECORRUPT;
     out[i] = (uint32_t)values[i];
   }
@@ -111,8 +113,8 @@ static int hand_over(uint32_t kind, uint64_t key, struct bytes *body, uint8_t *o
 int tp_make_page(uint32_t kind, uint64_t key, const uint32_t *values, void *out, uint64_t *length) {
   uint64_t wide[PAGE_VALUES];
   struct bytes body = {0};
-  for (unsigned i = 0; i < PAGE_VALUES; i++) wide[i] = values[i];
-  codec_put_array(&body, wide, PAGE_VALUES);
+  for (unsigned i = 0; i < values_of(kind); i++) wide[i] = values[i];
+  codec_put_array(&body, wide, values_of(kind));
   return hand_over(kind, key, &body, out, length);
 }
 
@@ -145,4 +147,11 @@ void tp_compare_counts(const uint32_t *stored, const uint32_t *found, int chunks
     if (count > found[i] && out->too_high++ == 0) out->first_high = i;
     if (count > 0 && found[i] == 0) out->unused++;
   }
+}
+
+int tp_stray_checksum(const uint32_t *counts, const uint32_t *checksums) {
+  for (unsigned i = 0; i < PAGE_VALUES; i++) {
+    if (checksums[i] != 0 && counts[i] < CHUNK_ONE) return (int)i;
+  }
+  return -1;
 }

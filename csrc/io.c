@@ -2,6 +2,8 @@
 #define _GNU_SOURCE 1
 #include "io.h"
 
+#include "checksum.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <stdalign.h>
@@ -132,13 +134,16 @@ int io_find_leaf(struct io *io, uint64_t index, uint64_t offset, uint64_t length
 
 /* --- reading --- */
 
-/* A read that is being put together from neighbouring pieces: into memory, or by reference into a pipe. */
+/* A read that is being put together from neighbouring pieces: into memory, or by reference into a pipe. Pieces of chunks that are verified
+ * are copied from `verified` at once. */
 struct gather {
   struct tp_pool *pool;
   uint64_t layer_id, offset; /* of what is read */
   uint8_t *buf; /* NULL: the pipe */
   int pipe_fd;
   uint64_t to, at, length; /* a piece: where in buf, where in the data file */
+  uint8_t *verified;       /* NULL: nothing is verified; else the chunk that was verified last, of the entry that is read */
+  uint64_t verified_chunk; /* its number + 1; 0: none */
 };
 
 static int gather_flush(struct gather *g) {
@@ -166,16 +171,30 @@ static int gather_hole(struct gather *g, uint64_t to, uint64_t length) {
   return TP_OK;
 }
 
+static int gather_chunk(struct gather *g, uint64_t chunk, uint64_t to, uint64_t offset, uint64_t length) {
+  if (g->verified == NULL) return gather_add(g, to, (chunk << g->pool->chunk_shift) + offset, length);
+  if (g->verified_chunk != chunk + 1) {
+    g->verified_chunk = 0;
+    int rc = checksum_verify(g->pool, chunk, g->verified);
+    if (rc < 0) return tp_error_where(rc, g->layer_id, g->offset + to, length);
+    if (rc == 0) return gather_add(g, to, (chunk << g->pool->chunk_shift) + offset, length);
+    g->verified_chunk = chunk + 1;
+  }
+  int rc = gather_flush(g); /* the next piece does not go on from the last one */
+  memcpy(g->buf + to, g->verified + offset, length);
+  return rc;
+}
+
 /* A piece within one chunk, block by block where the entry is split. */
 static int read_entry(struct gather *g, uint64_t entry, uint64_t to, uint64_t offset, uint64_t length) {
   if (entry == 0) return gather_hole(g, to, length);
-  unsigned shift = g->pool->chunk_shift;
-  if (!entry_is_split(entry)) return gather_add(g, to, ((entry - 1) << shift) + offset, length);
+  g->verified_chunk = 0;
+  if (!entry_is_split(entry)) return gather_chunk(g, entry - 1, to, offset, length);
   int rc = TP_OK;
   while (length > 0 && rc == TP_OK) {
     uint64_t n = min_u64(length, TP_BLOCK - offset % TP_BLOCK);
     uint64_t chunk = entry_split(entry)->block[offset / TP_BLOCK];
-    rc = chunk == 0 ? gather_hole(g, to, n) : gather_add(g, to, ((chunk - 1) << shift) + offset, n);
+    rc = chunk == 0 ? gather_hole(g, to, n) : gather_chunk(g, chunk - 1, to, offset, n);
     to += n, offset += n, length -= n;
   }
   return rc;
@@ -202,9 +221,18 @@ static int read_locked(struct io *io, struct gather *g, uint64_t length, uint64_
   return gather_flush(g);
 }
 
+/* Whoever only reads sees checksums of the state that it found, and a writable layer's chunks as they are by now. */
+static bool verifies(const tp_layer *layer) {
+  const tp_options *options = &layer->pool->options;
+  return options->verify_reads && (!options->read_only || layer->state == LAYER_SEALED);
+}
+
 int io_read(struct io *io, void *buf, uint64_t length, uint64_t offset) {
   struct gather g = {.pool = io->layer->pool, .layer_id = io->layer->rec.key, .offset = offset, .buf = buf};
-  return read_locked(io, &g, length, offset);
+  if (verifies(io->layer)) g.verified = tp_alloc(chunk_size(g.pool));
+  int rc = read_locked(io, &g, length, offset);
+  free(g.verified);
+  return rc;
 }
 
 int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
@@ -213,6 +241,16 @@ int layer_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset) {
   if (rc == TP_OK) rc = io_read(&io, buf, length, offset);
   io_end(&io);
   return rc;
+}
+
+int chunk_read(struct tp_pool *pool, uint64_t chunk, void *buf, uint64_t length, uint64_t within) {
+  if (!pool->options.verify_reads) return disk_read(pool, buf, length, (chunk << pool->chunk_shift) + within);
+  uint8_t *bytes = tp_alloc(chunk_size(pool));
+  int rc = checksum_verify(pool, chunk, bytes);
+  if (rc == 1) memcpy(buf, bytes + within, length);
+  free(bytes);
+  if (rc == 0) return disk_read(pool, buf, length, (chunk << pool->chunk_shift) + within);
+  return rc == 1 ? TP_OK : rc;
 }
 
 /* Whether reading there needs no change of the lock, between which a chunk in the pipe could get another owner. */
@@ -228,7 +266,7 @@ static bool in_slots(const struct io *io, uint64_t length, uint64_t offset) {
 int tp_splice(tp_layer *layer, int pipe_fd, uint64_t length, uint64_t offset, int (*send)(void *ctx), void *ctx) {
   struct io io;
   struct gather g = {.pool = layer->pool, .layer_id = layer->rec.key, .offset = offset, .pipe_fd = pipe_fd};
-  if (layer->pool->options.disk != NULL || length == 0) return TP_EINVAL;
+  if (layer->pool->options.disk != NULL || layer->pool->options.verify_reads || length == 0) return TP_EINVAL;
   struct probe probe = metrics_begin(&layer->metrics, TP_READ, length);
   int rc = io_begin(&io, layer, offset, length, false);
   if (rc == TP_OK) rc = in_slots(&io, length, offset) ? read_locked(&io, &g, length, offset) : TP_EINVAL;

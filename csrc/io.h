@@ -28,6 +28,7 @@ int io_read(struct io *io, void *buf, uint64_t length, uint64_t offset);
 #define WRITE_MAX (512u * 1024)
 int disk_read(struct tp_pool *pool, void *buf, uint64_t length, uint64_t at);
 int disk_write(struct tp_pool *pool, const void *buf, uint64_t length, uint64_t at);
+int chunk_read(struct tp_pool *pool, uint64_t chunk, void *buf, uint64_t length, uint64_t within); /* verified, if the pool does that */
 int disk_write_zeros(struct tp_pool *pool, uint64_t length, uint64_t at);
 
 /* One chunk's piece of a write that needs the map changed, or looked at more closely; lock held exclusively. May

@@ -149,6 +149,7 @@ int tp_get_metrics(tp_pool *pool, tp_metrics *out, tp_layer_metrics *layers, uin
   int rc = pool->closed ? tp_error_set(TP_ECLOSED) : TP_OK;
   memcpy(out->operation, metrics->deleted, sizeof metrics->deleted);
   out->punched_bytes = metrics->punched_bytes;
+  out->corrupt_reads = metrics->corrupt_reads;
   out->cache_hits = metrics->cache_hits;
   for (size_t i = 0; i < pool->cache.bucket_count; i++) {
     for (struct record *r = pool->cache.buckets[i]; r != NULL; r = r->hash_next) {

@@ -29,7 +29,7 @@ struct pool_metrics {
   tp_operation deleted[TP_OPERATIONS]; /* of layers that are gone. Mutex held */
   struct histogram flush, commit, phase[TP_PHASES];
   _Atomic uint64_t began[TP_PHASES];   /* when the phases of the commit under way did, in ns; 0: not yet */
-  _Atomic uint64_t punched_bytes;
+  _Atomic uint64_t punched_bytes, corrupt_reads;
   uint64_t cache_hits; /* mutex held */
 };
 

@@ -1,7 +1,7 @@
 /* record.c - the cache of records, and the frame of a stored one. */
 #include "record.h"
 
-#include "pool.h"
+#include "checksum.h"
 
 void record_list_push(struct record_list *list, struct record *record) {
   if (list->count == list->capacity) {
@@ -38,7 +38,7 @@ static size_t record_bytes(const struct record *record) {
   switch (record->kind) {
     case TP_NODE: return sizeof(struct node);
     case TP_MAP: return sizeof(struct tp_layer);
-    default: return sizeof(struct page);
+    default: return sizeof(struct page) + checksums_bytes((const struct page *)record);
   }
 }
 
@@ -231,6 +231,7 @@ void record_encode(struct tp_pool *pool, struct record *record) {
   switch (record->kind) {
     case TP_NODE: node_encode(pool, as_node(record)); break;
     case TP_MAP: layer_encode(pool, as_layer(record)); break;
+    case TP_CHECKSUM: checksums_encode(pool, as_checksums(record)); break;
     default: page_encode(pool, as_page(record)); break;
   }
 }

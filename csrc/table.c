@@ -1,7 +1,7 @@
 /* table.c - paged counts: loading, counting up and down, and who is the only owner. */
 #include "table.h"
 
-#include "pool.h"
+#include "checksum.h"
 
 static unsigned slot_in_page(uint64_t item) { return (unsigned)(item % PAGE_VALUES); }
 
@@ -69,7 +69,8 @@ int load_count(struct tp_pool *pool, uint32_t kind, uint64_t item, uint64_t *cou
   uint32_t value = page->value[slot_in_page(item)];
   *count = kind == TP_CHUNK_PAGE ? (value < CHUNK_ONE ? 0 : value - 1) : value;
   /* Whoever asks holds a reference: a map that names what has none is damaged, and must not be built upon. */
-  return *count == 0 ? tp_error_record(TP_ECORRUPT, kind, item / PAGE_VALUES) : TP_OK;
+  if (*count == 0) return tp_error_record(TP_ECORRUPT, kind, item / PAGE_VALUES);
+  return kind == TP_CHUNK_PAGE ? checksum_load(pool, page, slot_in_page(item)) : TP_OK;
 }
 
 void count_up(struct tp_pool *pool, uint32_t kind, uint64_t item) {
@@ -81,7 +82,7 @@ void count_up(struct tp_pool *pool, uint32_t kind, uint64_t item) {
   page->value[i]++;
 }
 
-static void set_unshared(struct tp_pool *pool, struct page *page, unsigned i) {
+void page_set_unshared(struct tp_pool *pool, struct page *page, unsigned i) {
   uint64_t **bits = &page->unshared[pool->txn & 1];
   if (*bits == NULL) *bits = tp_alloc_zero(PAGE_WORDS * sizeof **bits);
   bit_set(*bits, i);
@@ -99,8 +100,9 @@ uint64_t count_down(struct tp_pool *pool, uint32_t kind, uint64_t item) {
   uint64_t left = page->value[i] - 1 - floor;
   if (left > 0) {
     page->value[i]--;
-    set_unshared(pool, page, i);
+    page_set_unshared(pool, page, i);
   } else if (kind == TP_CHUNK_PAGE) {
+    checksum_set(pool, page, i, 0); /* I9 */
     space_freed(pool, page, i);
   } else {
     page->value[i] = 0;
@@ -112,6 +114,7 @@ bool count_is_mine(struct tp_pool *pool, uint32_t kind, uint64_t item) {
   struct page *page = page_loaded(pool, kind, item);
   unsigned i = slot_in_page(item);
   if (page->value[i] != (kind == TP_CHUNK_PAGE ? (uint32_t)CHUNK_ONE : 1u)) return false;
+  if (kind == TP_CHUNK_PAGE && (!checksum_is_loaded(page, i) || checksum_get(page, i) != 0)) return false; /* not loaded: the split's record lies */
   for (int parity = 0; parity < 2; parity++) {
     if (page->unshared[parity] != NULL && bit_get(page->unshared[parity], i)) return false;
   }
@@ -137,6 +140,7 @@ void page_release(struct page *page, unsigned parity) {
 }
 
 void page_free(struct page *page) {
+  checksums_free(page);
   free(page->unshared[0]);
   free(page->unshared[1]);
   free(page);

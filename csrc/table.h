@@ -12,6 +12,9 @@
 #define PAGE_VALUES 1024u
 #define PAGE_WORDS (PAGE_VALUES / 64)
 
+#define CHECKSUM_VALUES 128u /* of chunks in a record: small enough to fill the store's pages */
+#define CHECKSUM_RECORDS (PAGE_VALUES / CHECKSUM_VALUES)
+
 enum { CHUNK_CLEAN = 0, CHUNK_DIRTY = 1, CHUNK_ONE = 2 };
 
 struct page {
@@ -26,6 +29,8 @@ struct page {
   unsigned busy_count, free_count;
   bool in_window;
   struct page *summary; /* pinned for good once loaded: there are few */
+  struct checksums *sums[CHECKSUM_RECORDS]; /* checksum.h; NULL: no chunk of these has any, if loaded */
+  uint8_t sums_loaded;                      /* a bit for each record */
   uint32_t value[PAGE_VALUES];
 };
 
@@ -38,14 +43,15 @@ int page_get(struct tp_pool *pool, uint32_t kind, uint64_t index, struct page **
 /* The page of a chunk or node that the caller has loaded before, in the same operation. */
 struct page *page_loaded(struct tp_pool *pool, uint32_t kind, uint64_t item);
 
-/* Reference counts. load_* bring the page in and may fail; the others need it loaded, and cannot. */
+/* Reference counts. load_* bring the page in, and a chunk's checksum, and may fail; the others need it loaded, and cannot. */
 int load_count(struct tp_pool *pool, uint32_t kind, uint64_t item, uint64_t *count);
 void count_up(struct tp_pool *pool, uint32_t kind, uint64_t item);
 /* Returns the count that is left. A chunk whose count falls to 0 is freed with the open transaction's commit. What has none left
  * puts the pool into error mode, and keeps none. */
 uint64_t count_down(struct tp_pool *pool, uint32_t kind, uint64_t item);
-/* True if item has one owner now, and had no other in the last committed state. Page loaded. */
+/* True if item has one owner now, and had no other in the last committed state; a chunk also no checksum, then nor now. Page loaded. */
 bool count_is_mine(struct tp_pool *pool, uint32_t kind, uint64_t item);
+void page_set_unshared(struct tp_pool *pool, struct page *page, unsigned i); /* until the open transaction is durable, which has changed the page */
 
 void page_encode(struct tp_pool *pool, struct page *page);
 void page_free(struct page *page);

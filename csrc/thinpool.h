@@ -32,6 +32,7 @@ enum tp_error {
   TP_ENOENT = -12,    /* no such record or layer */
   TP_ECALLBACK = -13, /* the metadata store failed; its exception is kept by the caller */
   TP_EQUOTA = -14,    /* the layer maps as much as it may */
+  TP_ECHECKSUM = -15, /* a chunk (key) is not what its checksum says */
 };
 
 /* Record kinds: one LMDB database each. Keys are 64-bit numbers, stored big-endian. docs/FORMAT.md. */
@@ -42,6 +43,7 @@ enum tp_kind {
   TP_SUMMARY = 4,     /* key: page number. Free chunks of 1,024 chunk pages */
   TP_MAP = 5,         /* key: layer id. Root, size and counters of a layer's map */
   TP_STATE = 6,       /* key 0: the pool's counters; 1: the reclaim queue; 2: the allocation window */
+  TP_CHECKSUM = 11,   /* key: number of 128 chunks. Their checksums */
 };
 
 typedef struct tp_pool tp_pool;
@@ -65,6 +67,7 @@ typedef struct {
   uint64_t window_bytes;   /* clean space that a crash may make dirty; 0: 1 GiB. At least two pages of chunks */
   int data_fd;             /* the data file, when disk is NULL; stays the caller's */
   int read_only;
+  int verify_reads;        /* chunks that have a checksum are read whole and compared: TP_ECHECKSUM */
   const tp_disk *disk;     /* copied; NULL: plain I/O on data_fd */
   void *ctx;               /* handed to the callbacks */
   /* Copy the record's value into buf; its length in *length. TP_ENOENT where there is none. If capacity is too
@@ -137,6 +140,7 @@ typedef struct {
   tp_operation operation[TP_OPERATIONS]; /* of all layers, deleted ones too */
   tp_histogram flush, commit, phase[TP_PHASES];
   uint64_t punched_bytes;        /* given back to the host */
+  uint64_t corrupt_reads;        /* of chunks that were not what their checksum says */
   uint64_t cache_hits;           /* records found in memory; tp_pool_info.fetches: those that were not */
 } tp_metrics;
 
@@ -220,6 +224,9 @@ int64_t tp_chunk_at(tp_layer *layer, uint64_t index); /* chunk number of a whole
  *     changes. A bounded part from *cursor on; 1: more to do, 0: done --- */
 int tp_layer_rebase(tp_layer *layer, tp_layer *from, tp_layer *to, uint64_t *cursor);
 
+/* --- checksums of chunks (checksum.h). Of all chunks that a sealed layer names in a range, those that have none get one --- */
+int tp_layer_checksum(tp_layer *layer, uint64_t offset, uint64_t length);
+
 /* --- commit: freeze, (tp_sync), encode until none is left, store, release. One at a time. --- */
 int tp_freeze(tp_pool *pool, uint64_t *txn);  /* returns 1 if there is anything to store */
 /* The next records, back to back: u8 kind, u8 deleted, u16 0, u32 length, u8 key[8] big-endian, value. The
@@ -300,7 +307,7 @@ typedef struct {
  * 2 + blocks numbers: place, own, blocks. */
 int tp_inspect_node(uint64_t id, const void *value, uint64_t length, uint64_t blocks, tp_node_info *out, const tp_counts *counts,
                     uint64_t *splits);
-int tp_inspect_page(uint32_t kind, uint64_t key, const void *value, uint64_t length, uint32_t *out); /* 1,024 values */
+int tp_inspect_page(uint32_t kind, uint64_t key, const void *value, uint64_t length, uint32_t *out); /* 1,024 values; of checksums, 128 */
 /* The stored form; *length: the room there is, then what it took. TP_ERANGE: too little. */
 int tp_make_node(uint64_t id, const tp_node_info *node, uint64_t blocks, const uint64_t *splits, void *out, uint64_t *length);
 int tp_make_page(uint32_t kind, uint64_t key, const uint32_t *values, void *out, uint64_t *length);
@@ -312,6 +319,8 @@ typedef struct {
 } tp_comparison;
 /* A page's 1,024 stored values against references that were found; chunks: the values are those of chunks, else of nodes. */
 void tp_compare_counts(const uint32_t *stored, const uint32_t *found, int chunks, tp_comparison *out);
+/* The first of a page's 1,024 chunks that has a checksum and is free; -1: there is none. */
+int tp_stray_checksum(const uint32_t *counts, const uint32_t *checksums);
 
 /* cdef end */
 

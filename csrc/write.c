@@ -6,6 +6,7 @@
  *   2. without the mutex: write the bytes to the target. No map names these blocks of it yet (or they are ours);
  *   3. under the mutex: let the entry name them.
  */
+#include "checksum.h"
 #include "io.h"
 #include "redo.h"
 
@@ -48,6 +49,7 @@ static int choose(tp_layer *layer, uint64_t index, unsigned offset, unsigned len
       t->in_place = !entry_is_split(t->entry);
       return TP_OK;
     }
+    checksums_give_up(layer, t->leaf, own - 1);
   }
   bool adds = t->entry == 0 || length < chunk_size(pool); /* what is written whole names one chunk less, or none more */
   if (adds && layer->mapped_refs >= layer->quota_chunks) return tp_error_set(TP_EQUOTA);
@@ -68,7 +70,7 @@ static int write_merged(struct tp_pool *pool, const struct target *t, unsigned b
   uint64_t old = split_chunk_at(t->entry, block);
   uint64_t at = (uint64_t)block * TP_BLOCK;
   if (old == t->chunk + 1) return disk_write(pool, buf, length, (t->chunk << pool->chunk_shift) + at + from);
-  int rc = old == 0 ? TP_OK : disk_read(pool, bytes, TP_BLOCK, ((old - 1) << pool->chunk_shift) + at);
+  int rc = old == 0 ? TP_OK : chunk_read(pool, old - 1, bytes, TP_BLOCK, at);
   if (rc != TP_OK) return rc;
   memcpy(bytes + from, buf, length);
   return disk_write(pool, bytes, TP_BLOCK, (t->chunk << pool->chunk_shift) + at);

@@ -66,6 +66,10 @@ class Disk:
     def _pwrite(self, _: Any, buffer: Any, length: int, offset: int) -> int:
         return self._change(offset, bytes(_ffi.buffer(buffer, length)), length)
 
+    def read(self, offset: int, length: int) -> bytes:
+        """What is seen, for :func:`invariants.check`."""
+        return bytes(self._seen[offset : offset + length])
+
     def _punch(self, _: Any, offset: int, length: int) -> int:
         return self._change(offset, length, 0)
 
@@ -214,6 +218,7 @@ class World:
     def __init__(self, directory: Path, chunk_size: int, rng: random.Random) -> None:
         self.directory, self._rng = directory, rng
         self.dark = False
+        self.verify_reads = False
         self.steps = 0
         self._cut_at: int | None = None
         self.disk = Disk(self)
@@ -240,7 +245,8 @@ class World:
     def open(self) -> Pool:
         """Opens the pool over what the disk and the store have."""
         files = PoolFiles(self.directory)
-        return Pool(files, self.records, background=False, disk=self.disk.operations, cache_bytes=1 << 16, window_bytes=1)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"disk": self.disk.operations, "cache_bytes": 1 << 16, "window_bytes": 1, "verify_reads": self.verify_reads}
+        return Pool(files, self.records, background=False, **options)  # type: ignore[arg-type]
 
     def reboot(self) -> None:
         """The power comes back."""

@@ -18,7 +18,7 @@ import lmdb
 from thinpool.engine import CHUNK_PAGE, MAP, NODE_PAGE, STATE, SUMMARY
 from thinpool.recovery.records import NodeReader, make_page, new_page, of_varints, read_page, varints
 
-DATABASES = ("nodes", "chunk-counts", "node-counts", "summaries", "maps", "state", "layers", "pool", "documents")
+DATABASES = ("nodes", "chunk-counts", "node-counts", "summaries", "maps", "state", "layers", "pool", "documents", "checksums")
 PAGE = 4096
 Damage = Callable[[Path, random.Random, Path], str]
 

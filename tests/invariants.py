@@ -1,6 +1,7 @@
-"""An independent reader of a pool's records, written from docs/FORMAT.md, that checks the invariants I1, I2, I3 and I8.
+"""An independent reader of a pool's records, written from docs/FORMAT.md, that checks the invariants I1, I2, I3, I8 and I9.
 
-It shares no code with the engine: what both agree on is what the format says.
+It shares no code with the engine: what both agree on is what the format says. Only the CRC of a chunk's bytes is the engine's, which is quick,
+and the same as here.
 """
 
 from __future__ import annotations
@@ -9,13 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
+
+import thinpool.engine
 
 NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE, LAYER = range(1, 8)
+CHECKSUM = 11
 PAGE = 1024
+CHECKSUMS = 128
 FANOUT = 256
 
 Records = Callable[[int], Iterable[tuple[bytes, bytes]]]
 """The committed (key, value) pairs of a kind."""
+Data = Callable[[int, int], bytes]
+"""Bytes of the data file: (offset, length)."""
 
 
 def crc32c(data: bytes) -> int:
@@ -115,6 +123,13 @@ def _counts(kind: int, key: bytes, value: bytes) -> dict[int, int]:
     return {first + i: count for i, count in enumerate(Reader(kind, key, value).array(PAGE)) if count}
 
 
+@lru_cache(maxsize=1 << 10)
+def _checksums(key: bytes, value: bytes) -> dict[int, int]:
+    """By chunk, of those that have one."""
+    first = int.from_bytes(key, "big") * CHECKSUMS
+    return {first + i: checksum for i, checksum in enumerate(Reader(CHECKSUM, key, value).array(CHECKSUMS)) if checksum}
+
+
 @dataclass
 class Stored:
     """All records of a pool, decoded."""
@@ -128,6 +143,7 @@ class Stored:
     state: dict[str, int] = field(default_factory=dict)
     queue: list[int] = field(default_factory=list)
     layers: set[int] = field(default_factory=set)
+    checksums: dict[int, int] = field(default_factory=dict)  # by chunk
 
     def entry_chunks(self, node: int) -> list[int]:
         """What a leaf names, with repetition over entries, each chunk once per entry."""
@@ -146,6 +162,8 @@ def load(records: Records, chunk_size: int) -> Stored:
     for kind, into in ((CHUNK_PAGE, stored.chunks), (NODE_PAGE, stored.node_counts), (SUMMARY, stored.summaries)):
         for key, value in records(kind):
             into.update(_counts(kind, key, value))
+    for key, value in records(CHECKSUM):
+        stored.checksums.update(_checksums(key, value))
     for key, value in records(MAP):
         reader = Reader(MAP, key, value)
         stored.maps[int.from_bytes(key, "big")] = {name: reader.varint() for name in ("root", "height", "size", "mapped_refs", "sealed")}
@@ -161,8 +179,19 @@ def load(records: Records, chunk_size: int) -> Stored:
     return stored
 
 
-def check(records: Records, chunk_size: int) -> Stored:
-    """Raises AssertionError, saying which invariant is broken where."""
+def data_of(path: Path) -> Data:
+    """The data file of the pool in that directory."""
+
+    def read(offset: int, length: int) -> bytes:
+        with open(path / "data", "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+    return read
+
+
+def check(records: Records, chunk_size: int, data: Data | None = None) -> Stored:
+    """Raises AssertionError, saying which invariant is broken where; with ``data``, also where a chunk is not what its checksum says."""
     stored = load(records, chunk_size)
     assert stored.layers == set(stored.maps), "I8: names and maps are of the same layers"
     chunk_counts: Counter[int] = Counter()
@@ -177,6 +206,11 @@ def check(records: Records, chunk_size: int) -> Stored:
     assert set(node_counts) == set(stored.nodes), "I2: nodes without a record, or records without an owner"
     allocated = {chunk: value - 1 for chunk, value in stored.chunks.items() if value > 1}
     assert dict(chunk_counts) == allocated, f"I1, I3: {_differences(chunk_counts, allocated)}"
+    assert stored.checksums.keys() <= allocated.keys(), f"I9: free chunks have checksums: {sorted(stored.checksums.keys() - allocated.keys())[:5]}"
+    if data is not None:
+        for chunk, checksum in stored.checksums.items():
+            found = thinpool.engine.crc32c(data(chunk * chunk_size, chunk_size)) or 1
+            assert found == checksum, f"I9: chunk {chunk} is not what its checksum says"
     if stored.state:
         _check_totals(stored)
     for layer_id, layer in stored.maps.items():

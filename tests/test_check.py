@@ -176,7 +176,10 @@ def test_scrub_finds_changed_bytes_of_sealed_layers(tmp_path: Path, sound_pool: 
     damage.flip_data(command.pool, chunk, 16384, random.Random(3))
     done = command.start("check", "--scrub")
     assert done.returncode == 2
-    assert "layer base@1 is not what its content digest says" in done.stdout
+    assert f"chunk {chunk} is not what its checksum says" in done.stdout
+    for key, _ in damage._records(command.pool, "checksums"):  # as an earlier version has left it
+        damage.put(command.pool, "checksums", key, None)
+    assert "layer base@1 is not what its content digest says" in command.start("check", "--scrub").stdout
 
 
 def test_a_data_file_cut_short_names_what_is_lost(tmp_path: Path, sound_pool: damagedpool.World) -> None:

@@ -73,6 +73,7 @@ class Workload:
         self.rng, self.chunk_size = rng, chunk_size
         self.world = World(directory, chunk_size, rng)
         self.world.on_commit = self._committed
+        self.world.verify_reads = rng.random() < 0.5
         self.now: Model = {}
         self.frozen: Model = {}
         self.durable: Model = {}
@@ -116,7 +117,7 @@ class Workload:
             (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
             (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
             (self.rename, 1), (self.copy, 2), (self.sparsify, 4), (self.throw_away, 2), (self.take_back, 2),
-            (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1),
+            (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1), (self.checksum, 5),
         ]  # fmt: skip
         self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
         self._forget_emptied()
@@ -247,6 +248,13 @@ class Workload:
             self.write()
         assert make_one(self.pool, self.pool.layer(name), self.pool.layer(new))
 
+    def checksum(self) -> None:
+        """Of the chunks of a sealed layer."""
+        sealed = [name for name, content in self.now.items() if content.sealed]
+        if sealed:
+            name = self.rng.choice(sealed)
+            self.pool.layer(name).handle.checksum(0, len(self.now[name].data))
+
     def delete(self) -> None:
         if (name := self._pick()) is not None:
             self.pool.layer(name).delete()
@@ -350,7 +358,7 @@ class Workload:
         """The power is gone: a new process finds what is left, and all of it is right."""
         self.pool.engine.close()
         self.world.reboot()
-        invariants.check(self.world.records.of_kind, self.chunk_size)  # I5: without repair
+        invariants.check(self.world.records.of_kind, self.chunk_size, self.world.disk.read)  # I5: without repair
         self._open()
         assert self.pool.engine.info().capacity_chunks == self.world.records.capacity // self.chunk_size
         assert self.pool.policy() == self.policies[2]
@@ -413,9 +421,9 @@ def test_random_cuts(tmp_path: Path, seed: int, crash_cuts: int) -> None:
 
 
 SCRIPT = """
-create create write write write flush snapshot write clone write write discard flush delete reclaim flush punch write
+create create write write write flush snapshot checksum write clone write write discard flush delete reclaim flush punch write
 write reset write flush delete reclaim extend write punch flush write clone discard resize seal flush delete reclaim flush
-write snapshot copy flush write delete reclaim flush sparsify write sparsify flush punch sparsify write flush
+write snapshot copy checksum flush write delete reclaim write flush write sparsify write sparsify flush punch sparsify write flush
 throw_away flush take_back throw_away set_policy flush set_capacity write look write empty_trash flush set_capacity write write flush
 """
 
@@ -544,4 +552,32 @@ def test_a_torn_write_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
     layer = pool.layer("a")
     layer.resize(14192)
     assert layer.pread(14192 - 10096, 10096) == bytes(14192 - 10096)
+    pool.engine.close()
+
+
+def test_a_checksum_is_good_until_it_is_gone_for_good(tmp_path: Path) -> None:
+    """A layer has its snapshot's chunks to itself again, and writes to each: the bytes went to the disk, the commit that drops the checksums did not."""
+    world = World(tmp_path, 16384, random.Random(1))
+    pool = world.open()
+    layer = pool.create_layer("a", 10 * 16384)
+    layer.pwrite(b"x" * layer.size, 0)
+    layer.snapshot("snapshot").handle.checksum(0, layer.size)
+    pool.layer("snapshot").delete()
+    assert not pool.engine.reclaim(1000)
+    pool.commit()
+    pool.commit()
+    before = invariants.check(world.records.of_kind, 16384, world.disk.read).checksums
+    assert len(before) == 10
+    for turn in range(2):
+        for index in range(10):
+            layer.pwrite(b"y" * 4096, index * 16384 + turn * 4096)
+        world.disk._sync(None)
+        assert invariants.check(world.records.of_kind, 16384, world.disk.read).checksums == before
+    pool.engine.close()
+    world.reboot()
+    pool = world.open()
+    assert pool.layer("a").pread(10 * 16384, 0) == b"x" * (10 * 16384)
+    pool.layer("a").pwrite(b"z" * 4096, 0)
+    pool.commit()
+    assert len(invariants.check(world.records.of_kind, 16384, world.disk.read).checksums) == 0
     pool.engine.close()

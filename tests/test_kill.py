@@ -46,6 +46,8 @@ WRITER = textwrap.dedent(
             pool.layer(f"clone-{serial}").delete()
         elif action == 2:
             layer.discard(4096 * 4, 4096)
+        elif action == 3:
+            pool.compute_digests()
         layer.flush()
         print("flushed", *(f"{slot}={number}" for slot, number in changed.items()), flush=True)
     """
@@ -63,7 +65,7 @@ def test_acknowledged_writes_survive_kills(pool_path: Path) -> None:
         tried: dict[int, set[int]] = {}
         serial = _write_and_kill(pool_path, rng, round_number, serial, acknowledged, tried)
         with Pool.open(pool_path, background=False) as pool:
-            invariants.check(pool._store.records, pool.chunk_size)
+            invariants.check(pool._store.records, pool.chunk_size, invariants.data_of(pool_path))
             disk = pool.layer("disk")
             for slot, number in acknowledged.items():
                 found = disk.pread(BLOCK, slot * 5 * BLOCK)

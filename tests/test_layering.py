@@ -44,6 +44,7 @@ HEADER_RANKS = {
     "space": 4,
     "node": 4,
     "pool": 5,
+    "checksum": 6,
     "map": 6,
     "io": 7,
 }

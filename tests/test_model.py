@@ -80,13 +80,14 @@ class Model(RuleBasedStateMachine):
         self.doing: tuple[int, dict[int, bytes]] | None = None
         self.serial = 0
 
-    @initialize(chunk_size=st.sampled_from(("4K", "16K", "64K")))
-    def make(self, chunk_size: str) -> None:
+    @initialize(chunk_size=st.sampled_from(("4K", "16K", "64K")), verify_reads=st.booleans())
+    def make(self, chunk_size: str, verify_reads: bool) -> None:
+        self.verify_reads = verify_reads
         Pool.create(self.directory / "pool", chunk_size).close()
         self.open()
 
     def open(self) -> None:
-        self.pool = Pool.open(self.directory / "pool", background=False)
+        self.pool = Pool.open(self.directory / "pool", background=False, verify_reads=self.verify_reads)
         commit = self.pool._committer.commit
 
         def observed() -> None:
@@ -399,7 +400,7 @@ class Model(RuleBasedStateMachine):
     @rule()
     def usage(self) -> None:
         self.commit()
-        stored = invariants.check(self.pool._store.records, self.pool.chunk_size)
+        stored = invariants.check(self.pool._store.records, self.pool.chunk_size, invariants.data_of(self.pool.path))
         for layer in self.pool.layers():
             usage, mapped = layer.usage(), stored.maps[layer.id]["mapped_refs"] * self.pool.chunk_size
             exclusive = invariants.exclusive_chunks(stored, layer.id) * self.pool.chunk_size
@@ -444,6 +445,7 @@ class Model(RuleBasedStateMachine):
         self.open()
         self.layers = copy.deepcopy(self.committed)
         assert {layer.name for layer in self.pool.layers()} == set(self.layers)
+        invariants.check(self.pool._store.records, self.pool.chunk_size, invariants.data_of(self.pool.path))
         for name, content in self.layers.items():
             for block, contents in self.since.get(content.key, {}).items():
                 length = min(BLOCK, content.size - block * BLOCK)

@@ -66,7 +66,7 @@ def random_step(rng: random.Random) -> Step:
     offset = rng.randrange(0, SIZE - length)
     if rng.random() < 0.5:
         offset -= offset % BLOCK
-    verb = rng.choices(("write", "discard", "snapshot", "delete", "commit", "reclaim"), (60, 20, 6, 4, 4, 2))[0]
+    verb = rng.choices(("write", "discard", "snapshot", "delete", "commit", "reclaim", "digest"), (60, 20, 6, 4, 4, 2, 3))[0]
     return verb, rng.choice(NAMES), offset, length, rng.randrange(1, 256)
 
 
@@ -84,6 +84,8 @@ def do(pool: Pool, step: Step, serial: int) -> None:
             old.delete()
     elif verb == "commit":
         pool.commit()
+    elif verb == "digest":
+        pool.compute_digests()
     else:
         pool.reclaim()
 
@@ -139,7 +141,7 @@ def test_a_kill_loses_nothing(pool_path: Path, redo: int, seed: int) -> None:
         with Pool.open(pool_path, background=False, redo=redo) as pool:
             compare(pool, content, steps[done] if done < len(steps) else steps[-1], f"seed {seed}, round {round_number}, {done} steps")
         with Pool.open(pool_path, background=False) as pool:
-            invariants.check(pool._store.records, pool.chunk_size)
+            invariants.check(pool._store.records, pool.chunk_size, invariants.data_of(pool_path))
 
 
 def killed(path: Path, redo: int, work: Callable[[Pool], None]) -> None:

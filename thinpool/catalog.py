@@ -29,7 +29,8 @@ _KEY_BYTES_MAX = 511  # LMDB's
 @dataclass(slots=True)
 class LayerRecord:
     """What the pool knows of a layer besides its map. ``origin``: the name its parent had when it was made; ``digests``: what
-    its content is, by the kinds of :data:`DIGEST_KINDS`; ``limits``: those of :class:`~thinpool.api.Limits` that are not 0."""
+    its content is, by the kinds of :data:`DIGEST_KINDS`; ``limits``: those of :class:`~thinpool.api.Limits` that are not 0; ``checksums``:
+    the chunks in which it differs from the nearest sealed layer above have theirs."""
 
     name: str
     parent: int | None
@@ -38,6 +39,7 @@ class LayerRecord:
     labels: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
+    checksums: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The stored form (docs/FORMAT.md, "Layers")."""
@@ -51,7 +53,11 @@ class LayerRecord:
             pairs = [*record.labels.items(), *record.digests.items()]
             texts = [record.name, "" if record.origin is None else record.origin, *(text for pair in pairs for text in pair), *record.limits]
             numbers = [record.created, 0 if record.parent is None else record.parent, *record.limits.values()]
-            if all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers):
+            if (
+                all(isinstance(text, str) for text in texts)
+                and isinstance(record.checksums, bool)
+                and all(isinstance(number, int | float) for number in numbers)
+            ):
                 return record
         except (TypeError, AttributeError):
             pass
@@ -157,6 +163,11 @@ class Catalog:
 
     def set_labels(self, layer_id: int, labels: Mapping[str, str]) -> None:
         self._records[layer_id].labels = dict(labels)
+        self._changed[layer_id] = True
+
+    def set_checksums(self, layer_id: int) -> None:
+        """They are made."""
+        self._records[layer_id].checksums = True
         self._changed[layer_id] = True
 
     def set_limits(self, layer_id: int, limits: Mapping[str, int]) -> None:

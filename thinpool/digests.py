@@ -1,8 +1,8 @@
-"""Content digests of sealed layers, computed in the background, and layers found equal that become one.
+"""Content digests of sealed layers, and checksums of their chunks, made in the background; and layers found equal that become one.
 
 A digest is a Merkle digest of the blocks in which a layer differs from its base, the nearest sealed layer above it (docs/FORMAT.md,
 "Content digests"): two layers that have the same one have the same content. Sealed layers do not change, so a digest that was
-interrupted goes on where it was, also in another process.
+interrupted goes on where it was, also in another process. What is read for it gets checksums on the way (csrc/checksum.h).
 """
 
 from __future__ import annotations
@@ -83,6 +83,17 @@ def base_of(layer: Layer) -> Layer | None:
     return base
 
 
+def _pieces(layer: Layer, base: Layer | None, position: int = 0) -> Iterator[tuple[int, int]]:
+    """Ranges in which the layer may differ from its base, from ``position`` on."""
+    extents = layer.extents() if base is None else layer.pool.diff(base, layer)
+    for extent in extents:
+        if base is None and extent.kind == "hole":
+            continue
+        end = min(extent.offset + extent.length, layer.size)
+        for start in range(max(extent.offset, position), end, _PIECE_BYTES):
+            yield start, min(start + _PIECE_BYTES, end)
+
+
 class _Work:
     """One layer's digest, as far as it is; stored as a document now and then."""
 
@@ -99,15 +110,17 @@ class _Work:
         if content is None:
             return None
         stored: dict[str, Any] = json.loads(content)
-        fits = (stored["created"], stored["base"]) == (self._layer.created, self._base_digest)  # ids are used again
+        # Ids are used again; and earlier versions made no checksums.
+        fits = (stored["created"], stored["base"], stored.get("checksums")) == (self._layer.created, self._base_digest, True)
         return stored if fits else None
 
     def run(self, on_piece: Callable[[int], None]) -> None:
         """Goes on to the end, or until ``on_piece`` (called with bytes done) raises; then what is done so far is kept."""
         saved = self._position
         try:
-            for start, end in self._pieces():
+            for start, end in _pieces(self._layer, self._base, self._position):
                 self._add(start, end)
+                self._layer.handle.checksum(start, end - start)
                 self._position = end
                 if end - saved >= _SAVE_BYTES:
                     saved = end
@@ -120,16 +133,6 @@ class _Work:
             self._save()
             raise
         self._finish()
-
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges in which the layer may differ from its base, from where we are."""
-        extents = self._layer.extents() if self._base is None else self._pool.diff(self._base, self._layer)
-        for extent in extents:
-            if self._base is None and extent.kind == "hole":
-                continue
-            end = min(extent.offset + extent.length, self._layer.size)
-            for start in range(max(extent.offset, self._position), end, _PIECE_BYTES):
-                yield start, min(start + _PIECE_BYTES, end)
 
     def _add(self, start: int, end: int) -> None:
         new = self._layer.pread(end - start, start)
@@ -146,11 +149,11 @@ class _Work:
 
     def _save(self) -> None:
         state = {"created": self._layer.created, "base": self._base_digest, "position": self._position, "opened": self._tree.opened()}
-        self._pool.put_document(self._key, json.dumps(state).encode())
+        self._pool.put_document(self._key, json.dumps(state | {"checksums": True}).encode())
 
     def again(self, on_piece: Callable[[int], None]) -> str:
         """The digest of a layer that has one, computed from its bytes as they are now."""
-        for start, end in self._pieces():
+        for start, end in _pieces(self._layer, self._base):
             self._add(start, end)
             on_piece(end)
         return self._digest()
@@ -164,6 +167,20 @@ class _Work:
         with self._pool.atomically():
             self._pool.set_digests(self._layer, {"content": self._digest()})
             self._pool.put_document(self._key, None)
+            _note_checksums(self._layer)
+
+
+def _note_checksums(layer: Layer) -> None:
+    with layer.pool.changing_record(layer) as catalog:
+        catalog.set_checksums(layer.id)
+
+
+def _make_checksums(layer: Layer, on_piece: Callable[[int], None]) -> None:
+    """Of a layer that has its digest from an earlier version. What was made by an earlier try is not read again."""
+    for start, end in _pieces(layer, base_of(layer)):
+        layer.handle.checksum(start, end - start)
+        on_piece(end)
+    _note_checksums(layer)
 
 
 def has_its_content(layer: Layer, on_piece: Callable[[int], None] = lambda _: None) -> bool | None:
@@ -225,7 +242,7 @@ class _Stopped(Exception):
 
 
 class Digester(threading.Thread):
-    """Gives sealed layers the digests that they lack, at half speed and low priority, while the pool is open."""
+    """Gives sealed layers the digests and checksums that they lack, at half speed and low priority, while the pool is open."""
 
     def __init__(self, pool: Pool) -> None:
         super().__init__(name="thinpool-digester", daemon=True)
@@ -286,23 +303,28 @@ class Digester(threading.Thread):
 
                 try:
                     size = layer.size
-                    _digest(pool, layer, on_piece)
+                    (_make_checksums if "content" in layer.digests else _digest)(layer, on_piece)
                     done += size
                 except LayerDeleted:
                     continue
 
 
 def _waiting(pool: Pool) -> list[Layer]:
-    """Sealed layers without a digest, the oldest first, so that bases are; what was kept of layers that are gone is dropped."""
+    """Sealed layers without a digest or checksums, the oldest first, so that bases are; what was kept of layers that are gone is dropped."""
     layers = {layer.id: layer for layer in pool.layers()}
     for key, _ in pool.documents(_KEY):
         if int(key.removeprefix(_KEY)) not in layers:
             pool.put_document(key, None)
-    return [one for one in layers.values() if "content" not in one.digests and one.sealed and PARTIAL_LABEL not in one.labels]
+    return [one for one in layers.values() if one.sealed and PARTIAL_LABEL not in one.labels and not (_has_checksums(one) and "content" in one.digests)]
 
 
-def _digest(pool: Pool, layer: Layer, on_piece: Callable[[int], None]) -> None:
-    base = base_of(layer)
+def _has_checksums(layer: Layer) -> bool:
+    record = layer.pool.record(layer.id)
+    return record is not None and record.checksums
+
+
+def _digest(layer: Layer, on_piece: Callable[[int], None]) -> None:
+    base, pool = base_of(layer), layer.pool
     if base is not None and "content" not in base.digests:
         return  # it is damaged, or still being filled
     _Work(pool, layer, base).run(on_piece)

@@ -24,7 +24,7 @@ _ffi = ffi
 # Looked up once: these are called for each read and write.
 _read, _write, _from_buffer = _core.tp_read, _core.tp_write, _ffi.from_buffer
 
-NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE = range(1, 7)
+NODE, CHUNK_PAGE, NODE_PAGE, SUMMARY, MAP, STATE, CHECKSUM = *range(1, 7), 11
 """Record kinds (``enum tp_kind``)."""
 _ERRORS = {getattr(_core, code): fault for code, fault in FAULTS.items()}
 
@@ -112,6 +112,7 @@ class Engine:
         cache_bytes: int = 0,
         window_bytes: int = 0,
         read_only: bool = False,
+        verify_reads: bool = False,
         disk: Any = None,
     ) -> None:
         """Opens the pool whose records ``store`` keeps. ``disk``: a ``tp_disk *`` in place of ``data_fd``, for tests, and
@@ -124,7 +125,7 @@ class Engine:
         self._handle = _ffi.new_handle(self)
         options = _ffi.new("tp_options *")
         options.chunk_size, options.capacity, options.cache_bytes, options.window_bytes = chunk_size, capacity, cache_bytes, window_bytes
-        options.data_fd, options.read_only = data_fd, read_only
+        options.data_fd, options.read_only, options.verify_reads = data_fd, read_only, verify_reads
         options.disk = disk if disk is not None else _ffi.NULL
         options.ctx = self._handle
         options.fetch, options.commit, options.extend_window = _core.tp_py_fetch, _core.tp_py_commit, _core.tp_py_extend_window
@@ -448,6 +449,10 @@ class EngineLayer:
         cursor = _ffi.new("uint64_t *", 0)
         while self.engine.check(_core.tp_layer_rebase(self.pointer, source.pointer, target.pointer, cursor), self.id):
             continue
+
+    def checksum(self, offset: int, length: int) -> None:
+        """Makes the checksums that chunks lack, of those that a sealed layer names in the range."""
+        self.engine.check(_core.tp_layer_checksum(self.pointer, offset, length), self.id)
 
     def map_shared(self, index: int, chunk: int) -> bool:
         """Lets chunk ``index`` of the layer be that chunk of the pool; false if that is not allocated."""

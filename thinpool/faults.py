@@ -16,8 +16,12 @@ from . import errors
 def _corrupt(info: Any, where: str) -> errors.ThinpoolError:
     if not info.kind:
         return errors.DamagedError(f"the data file is shorter than the pool's maps say: it was cut off{where}")
-    kinds = ("", "map node", "chunk count page", "node count page", "free space summary", "layer map", "pool state")
+    kinds = {1: "map node", 2: "chunk count page", 3: "node count page", 4: "free space summary", 5: "layer map", 6: "pool state", 11: "checksums"}
     return errors.DamagedError(f"damaged metadata: {kinds[info.kind]} {info.key} does not match its checksum{where}")
+
+
+def _checksum(info: Any, where: str) -> errors.ThinpoolError:
+    return errors.DamagedError(f"damaged data: chunk {info.key} does not match its checksum{where}")
 
 
 def _disk(info: Any, where: str) -> errors.ThinpoolError:
@@ -46,6 +50,7 @@ FAULTS: dict[str, Callable[[Any, str], errors.ThinpoolError]] = {
     "TP_EDELETED": _simple(errors.LayerDeleted, "the layer was deleted"),
     "TP_ECLOSED": _simple(errors.PoolClosed, "the pool is closed"),
     "TP_ECORRUPT": _corrupt,
+    "TP_ECHECKSUM": _checksum,
     "TP_ENOMEM": _simple(errors.DiskError, "out of memory"),
     "TP_EFAILED": _simple(errors.PoolFailed, "the pool is in error mode after a failed sync or commit: reads go on, open it anew to write"),
     "TP_EREADONLY": _simple(errors.PoolReadOnly, "the pool is open read-only"),

@@ -76,5 +76,6 @@ def measure(pool: Pool) -> PoolMetrics:
         window_extensions=info.window_waits,
         punched=counted.punched_bytes,
         deduplicated=pool.fingerprints.shared_bytes,
+        corrupt_reads=counted.corrupt_reads,
         layers=tuple(LayerMetrics(one.layer_id, record.name, _operations(one.operation)) for one, record in named if record is not None),
     )

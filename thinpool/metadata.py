@@ -31,7 +31,7 @@ from .records import Record
 FORMAT_VERSION = 1
 # Features that this version knows, by what a version that does not know one must do.
 KNOWN_INCOMPATIBLE: frozenset[str] = frozenset()  # refuse the pool
-KNOWN_READ_COMPATIBLE = frozenset({"documents", "sums"})  # open it read-only
+KNOWN_READ_COMPATIBLE = frozenset({"checksums", "documents", "sums"})  # open it read-only
 _FEATURES_FROM_THE_START = frozenset({"sums"})  # of new pools only
 _DATABASES = {
     data_plane.NODE: b"nodes",
@@ -44,7 +44,7 @@ _DATABASES = {
 LAYER, FINGERPRINT, POOL, DOCUMENT = 7, 8, 9, 10
 """Kinds of the records that are framed here, for their CRC."""
 _OWN_DATABASES = {LAYER: b"layers", FINGERPRINT: b"fingerprints", POOL: b"pool"}
-_LATER_DATABASES = {DOCUMENT: b"documents"}  # pools made by earlier versions have none until they are opened for writing
+_LATER_DATABASES = {DOCUMENT: b"documents", data_plane.CHECKSUM: b"checksums"}  # pools made by earlier versions have none until they are opened for writing
 DATABASE_NAMES = {**_DATABASES, **_OWN_DATABASES, **_LATER_DATABASES}
 """All databases by the kind of their records."""
 _POOL_KEY, SUMS_KEY = b"pool", b"sums"
@@ -145,6 +145,8 @@ class Metadata:
         return self._get(kind, key.to_bytes(8, "big"))
 
     def _get(self, kind: int, key: bytes) -> bytes | None:
+        if kind not in self._dbs:
+            return None
         with _lmdb_errors(self.path):
             if self._snapshot is not None:
                 with self._reads:

@@ -81,7 +81,7 @@ class PoolMetrics:
     committed. ``digests``: layers that have a content digest. ``attachments``: by purpose. ``operations``: by kind, of all layers, deleted
     ones too; ``layers``: of each that has had traffic. ``flushes``: whoever asked, the pool itself too; ``phases``: of the ``commits``.
     ``splits``: writes of less than a chunk to a shared one. ``punched``: bytes given back to the host; ``deduplicated``: bytes not
-    stored twice, as an import or a content digest found that the pool had them.
+    stored twice, as an import or a content digest found that the pool had them. ``corrupt_reads``: of chunks that were not what their checksums say.
     """
 
     mode: Literal["writable", "read-only", "failed"]
@@ -110,6 +110,7 @@ class PoolMetrics:
     window_extensions: int
     punched: int
     deduplicated: int
+    corrupt_reads: int
     layers: tuple[LayerMetrics, ...]
 
     @classmethod

@@ -122,11 +122,21 @@ class Pool:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path, read_only: bool = False, *, background: bool = True, cache_size: Size = "64M", redo: int = -1, lock: int = -1) -> Pool:
+    def open(
+        cls,
+        path: str | Path,
+        read_only: bool = False,
+        *,
+        background: bool = True,
+        verify_reads: bool = False,
+        cache_size: Size = "64M",
+        redo: int = -1,
+        lock: int = -1,
+    ) -> Pool:
         """Opens a pool; the same time whatever it holds, also after a crash.
 
-        ``background=False`` leaves commits and reclaiming to explicit calls; ``cache_size`` bounds the maps in memory; ``redo`` is as
-        :meth:`Engine.redo` has it; ``lock``: the :attr:`lock_fd` of a process before this one.
+        ``background=False`` leaves commits and reclaiming to explicit calls; ``cache_size`` bounds the maps in memory; ``redo`` is as :meth:`Engine.redo` has
+        it; ``lock``: the :attr:`lock_fd` of a process before this one; ``verify_reads``: chunks that have a checksum are compared with it when they are read.
         Raises PoolNotFound, PoolBusy, FormatError, DamagedError or PermissionError.
         """
         files = PoolFiles(Path(path))
@@ -138,7 +148,8 @@ class Pool:
             files.open_data(read_only=read_only)
             store = Metadata(files.meta, read_only=read_only)
             undo.callback(store.close)
-            pool = cls(files, store, read_only=read_only, background=background, redo=redo, cache_bytes=parse_size(cache_size))
+            cache_bytes = parse_size(cache_size)
+            pool = cls(files, store, read_only=read_only, background=background, redo=redo, verify_reads=verify_reads, cache_bytes=cache_bytes)
             undo.pop_all()
             return pool
 
@@ -388,7 +399,7 @@ class Pool:
         return self._committer.fingerprints
 
     def compute_digests(self, progress: Progress | None = None) -> None:
-        """Gives sealed layers the content digests that they lack, and lets equal ones share all; as a pool that stays open does by itself."""
+        """Gives sealed layers the digests and checksums that they lack, and lets equal ones share all; as a pool that stays open does by itself."""
         self._require_writable()
         self._digester.catch_up(progress)
 

@@ -193,7 +193,9 @@ static void step_snapshot(struct owner *owner) {
   tp_layer *layer;
   int rc = tp_layer_branch(owner->live.layer, id, owner->live.size, true, &layer);
   CHECK(rc == TP_OK || is_over(rc), "snapshot: %d", rc);
-  if (rc == TP_OK) *kept = model_copy(&owner->live, layer, id);
+  if (rc != TP_OK) return;
+  *kept = model_copy(&owner->live, layer, id);
+  checksum_regions(layer);
 }
 
 static void step_reset(struct owner *owner) {

@@ -102,7 +102,14 @@ static void replace(struct scenario *scenario, struct slot *slot, tp_layer *laye
   slot->layer = layer, slot->id = id, slot->family = family, slot->sealed = sealed, slot->checksum = 0;
 }
 
-/* Snapshots, clones, new layers, and the deletion of what was there. */
+void checksum_regions(tp_layer *layer) {
+  for (unsigned region = 0; region < REGIONS; region++) {
+    int rc = tp_layer_checksum(layer, region_start(region), REGION_BYTES);
+    CHECK(rc == TP_OK || rc == TP_ERANGE || is_over(rc), "checksums: %d", rc);
+  }
+}
+
+/* Snapshots, clones, new layers, and the deletion of what was there; snapshots get checksums. */
 void *run_brancher(void *argument) {
   struct worker *worker = argument;
   struct scenario *scenario = worker->scenario;
@@ -115,6 +122,7 @@ void *run_brancher(void *argument) {
     int rc = fresh ? tp_layer_create(scenario->pool, id, LAYER_BYTES, &layer)
                    : tp_layer_branch(from, id, LAYER_BYTES, sealed, &layer);
     CHECK(is_expected(rc), "branch: %d", rc);
+    if (rc == TP_OK && sealed) checksum_regions(layer);
     tp_layer_put(from);
     if (rc == TP_OK) {
       pthread_mutex_lock(&to->lock);
@@ -232,6 +240,7 @@ void *run_merger(void *argument) {
     if (layer != NULL && first.sealed && tp_layer_create(scenario->pool, scenario->next_id++, tp_layer_size(layer), &copy) == TP_OK) {
       int rc = copy_regions(layer, copy);
       if (rc == TP_OK) rc = tp_layer_seal(copy);
+      if (rc == TP_OK) checksum_regions(copy);
       if (rc == TP_OK) rc = tp_layer_branch(copy, scenario->next_id++, tp_layer_size(copy), 0, &branch);
       uint64_t address = region_start((unsigned)random_below(&worker->random, REGIONS)), word = WORD(first.family, 1, address);
       if (rc == TP_OK && first.family != 0) rc = tp_write(branch, &word, sizeof word, address);

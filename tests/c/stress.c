@@ -31,7 +31,7 @@ tp_layer *slot_take(struct scenario *scenario, struct slot *slot, struct slot *c
 
 static void open_pool(struct scenario *scenario) {
   tp_options options = {.chunk_size = scenario->chunk_size, .capacity = scenario->capacity, .data_fd = scenario->fd,
-                        .window_bytes = 1, .cache_bytes = 256 << 10}; /* so little that records are dropped all the time */
+                        .window_bytes = 1, .verify_reads = scenario->chunk_size < 1 << 20, .cache_bytes = 256 << 10}; /* so little that records are dropped all the time */
   store_options(scenario->store, &options);
   int rc = tp_pool_open(&options, &scenario->pool);
   CHECK(rc == TP_OK, "open: %d", rc);
@@ -90,6 +90,7 @@ static void delete_all(struct scenario *scenario) {
     if (kind == TP_CHUNK_PAGE || kind == TP_SUMMARY) continue; /* they say what is clean */
     CHECK(store_count(scenario->store, kind) == 0, "records of kind %u left", kind);
   }
+  CHECK(store_count(scenario->store, TP_CHECKSUM) == 0, "checksums left");
 }
 
 static void run(uint64_t chunk_size, uint64_t capacity, uint64_t seed, unsigned seconds) {

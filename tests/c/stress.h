@@ -79,6 +79,7 @@ void owner_free(struct owner *owner);
 /* sharers.c: threads on layers that all of them change at once. */
 void shared_init(struct scenario *scenario);
 void shared_put(struct scenario *scenario);
+void checksum_regions(tp_layer *layer); /* of a sealed layer */
 void shared_verify(struct scenario *scenario, tp_pool *pool); /* in a pool opened anew */
 void *run_writer(void *worker);
 void *run_reader(void *worker);

@@ -77,6 +77,9 @@ def serve(
     tls_keys: Annotated[Path | None, typer.Option(metavar="FILE", help="For NBD, pre-shared keys: lines user:hex.", show_default=False)] = None,
     tls_verify_peer: Annotated[bool, typer.Option("--tls-verify-peer", help="Only clients with a certificate of ca-cert.pem.")] = False,
     containerd: Annotated[Path | None, typer.Option(metavar="SOCKET", help="Be containerd's snapshotter too.", show_default=False)] = None,
+    verify_reads: Annotated[
+        bool, typer.Option("--verify-reads", help="Compare chunks that have a checksum with it when they are read; takes over from a server that runs.")
+    ] = False,
     log_format: Annotated[LogFormat, typer.Option(help="How it logs: lines for people, or a JSON object a line.")] = "text",
     pool: options.Pool = None,
 ) -> None:
@@ -104,7 +107,8 @@ def serve(
         from ..server.client import RemotePool
         from ..server.connect import connect, take_over
 
-        with closing(take_over(path, log_format) if takeover else connect(path, server=True, log_format=log_format)) as remote:
+        anew = takeover or verify_reads
+        with closing(take_over(path, log_format, verify_reads=verify_reads) if anew else connect(path, server=True, log_format=log_format)) as remote:
             listen(remote)
             assert isinstance(remote, RemotePool)
             for address in http or ():
@@ -119,7 +123,7 @@ def serve(
 
     log_to(logging.StreamHandler(), log_format)
     listener = service.listener()
-    with kept_pool(path, takeover=takeover) as (opened_pool, keeper):
+    with kept_pool(path, takeover=takeover, verify_reads=verify_reads) as (opened_pool, keeper):
         listen(opened_pool)
         listeners = [listener_at(address, tls_certificates, verify_peer=tls_verify_peer) for address in http or ()]
         for one in listeners:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,11 +19,13 @@ from .options import opened, pool_path
 from .show import format_time, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
+    from ..layer import Layer
     from ..recovery.repair import Repair
     from ..recovery.report import Report
 
 CORRUPT, LEAKS = 2, 3  # what qemu-img check exits with
 _SHOWN_MAX = 50
+_SCRUB_NICE = 10
 
 
 class Check(options.UsageCode):
@@ -33,7 +37,9 @@ class Check(options.UsageCode):
 def check(
     ctx: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the leaves of the maps and the counts of chunks.")] = False,
-    scrub: Annotated[bool, typer.Option("--scrub", help="Also read all data: sealed layers against their digests, free chunks for zeros.")] = False,
+    scrub: Annotated[
+        bool, typer.Option("--scrub", help="Also read all data: chunks against their checksums, sealed layers against their digests, free chunks for zeros.")
+    ] = False,
     memory: Annotated[str, typer.Option(help="What the counts of chunks may take; less of it means more passes.")] = "256M",
     as_json: options.AsJson = False,
     pool: options.Pool = None,
@@ -42,7 +48,7 @@ def check(
 
     Exit codes are those of qemu-img check: 0 nothing found, 1 the check could not be done, 2 corruption, 3 leaks only.
 
-    JSON: mode, txn, layers, nodes, chunks (counts), corruptions, leaks, leaked_chunks (counts), problems (kind, invariant, message),
+    JSON: mode, txn, layers, nodes, chunks, checksums (compared by a scrub), corruptions, leaks, leaked_chunks (counts), problems (kind, invariant, message),
     ranges (layer, offset, length, why), more_ranges (how many were left out).
     """
     from ..recovery.check import check as check_pool
@@ -78,11 +84,16 @@ def repair(
     """
     from ..recovery.repair import repair as repair_pool
 
+    path = pool_path(ctx, pool)
     with progress_bar("checking") as progress:
-        done = repair_pool(pool_path(ctx, pool), leaks_only=leaks, chunk_size=parse_size(chunk_size), progress=progress)
+        done = repair_pool(path, leaks_only=leaks, chunk_size=parse_size(chunk_size), progress=progress)
     if as_json:
         print_json(done.as_json())
-        return
+    else:
+        _print_repaired(done)
+
+
+def _print_repaired(done: Repair) -> None:
     if not done.kept:
         print("nothing to repair")
         return
@@ -155,11 +166,15 @@ def _scrub(path: Path, report: Report) -> None:
     from ..recovery.scrub import scrub_chunks
 
     report.mode = "scrub"
+    os.setpriority(os.PRIO_PROCESS, 0, _SCRUB_NICE)
     try:
         with progress_bar("reading chunks") as progress:
-            scrub_chunks(path, report, progress)
+            wrong = scrub_chunks(path, report, progress)
+        told = {name for _, places in wrong.values() for name, _, _ in places}
         with Pool.open(path, read_only=True) as opened:
             for layer in opened.layers():
+                if any(one.name in told for one in _with_ancestors(layer)):  # which of its bytes are wrong is known better
+                    continue
                 try:
                     found = has_its_content(layer)
                 except (DamagedError, DiskError) as error:
@@ -170,6 +185,12 @@ def _scrub(path: Path, report: Report) -> None:
                     report.add_ranges(iter([Range(layer.name, 0, layer.size, "somewhere in it: its content digest does not fit")]))
     except DamagedError as error:
         report.corrupt(message_of(error))
+
+
+def _with_ancestors(layer: Layer | None) -> Iterator[Layer]:
+    while layer is not None:
+        yield layer
+        layer = layer.parent
 
 
 def _print(report: Report) -> None:

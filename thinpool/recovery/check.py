@@ -1,4 +1,4 @@
-"""Checks a pool: the invariants I1, I2, I3 and I8 over all records (docs/DESIGN.md), and that the metadata file is whole.
+"""Checks a pool: the invariants I1, I2, I3 and I8, and of I9 what the records say, over all records (docs/DESIGN.md), and that the metadata file is whole.
 
 It reads one committed state (:mod:`.stored`), also of a pool that is in use. What takes memory is a few bytes for each map node (:mod:`.nodes`),
 and four for each chunk: where those are more than the bound allows, the leaves are read again for each part of the chunks.
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..api import Progress
-from ..engine import BLOCK_SIZE, CHUNK_PAGE, MAP, NODE, NODE_PAGE, SUMMARY
+from ..engine import BLOCK_SIZE, CHECKSUM, CHUNK_PAGE, MAP, NODE, NODE_PAGE, SUMMARY
 from ..errors import DamagedError
 from ..metadata import DOCUMENT, FINGERPRINT, unframe
 from ..poolfiles import PoolFiles
+from .checksums import Checksums
 from .nodes import LayerMap, NodeTable, lost_ranges
-from .records import PAGE_VALUES, NodeReader, References, compare, key_of, new_page, read_page, varints
+from .records import PAGE_VALUES, NodeReader, References, compare, key_of, new_page, read_page, stray_checksum, varints
 from .report import Range, Report, joined
 from .stored import Counters, StoredState
 
@@ -231,6 +232,9 @@ class _Check:
         allocated = dirty = 0
         suspects: set[int] = set()
         stored, expected = new_page(), 0
+        for _ in self._counted(self._state.numbered(CHECKSUM)):
+            pass  # their pages and sums are looked at; what they say, in step with the counts
+        checksums = Checksums(self._state, report.corrupt)
         for page, value in self._counted(self._state.chunk_pages(counters.pages)):
             if page >= counters.pages:
                 if value:
@@ -243,6 +247,8 @@ class _Check:
                 report.corrupt(f"the counts of chunks {page * PAGE_VALUES} to {(page + 1) * PAGE_VALUES - 1} are damaged", "I1")
                 continue
             counts = stored if sound else new_page()
+            if (stray := stray_checksum(counts, checksums.page(page))) >= 0:
+                report.corrupt(f"chunk {page * PAGE_VALUES + stray} is free and has a checksum", "I9")
             result = compare(counts, references.page(page), chunks=True)
             if result.too_low:
                 report.corrupt(f"chunk {page * PAGE_VALUES + result.first_low} and {result.too_low - 1} more have a count below their references", "I1")
@@ -253,6 +259,8 @@ class _Check:
             if summaries.get(page, 0) != result.clean + (result.dirty << 16):
                 report.corrupt(f"the summary of chunks {page * PAGE_VALUES} to {(page + 1) * PAGE_VALUES - 1} is not what their counts say", "I3")
             allocated, dirty, expected = allocated + result.allocated, dirty + result.dirty, expected + 1
+        if checksums.rest():
+            report.corrupt(f"there are checksums of chunks {counters.pages * PAGE_VALUES} and up, which are not in use", "I9")
         report.chunks = allocated
         if self._know_counters and expected == counters.pages and (allocated, dirty) != (counters.allocated, counters.dirty):
             report.corrupt(f"{allocated} chunks are allocated and {dirty} dirty; the pool's counters say {counters.allocated} and {counters.dirty}", "I3")

@@ -1,7 +1,8 @@
 """Metadata as JSON lines, and back: ``dump``, ``restore``, ``pack``.
 
-One line each, in this order: the head; every live map node, once, however many layers share it; every layer; every document. Counts and free
-space are not in it, for they follow. Arrays of numbers are runs ``[place, first, count]`` of numbers that grow by one.
+One line each, in this order: the head; every live map node, once, however many layers share it; every layer; every document; the checksums of
+each 128 chunks that have any, packed. Counts and free space are not in it, for they follow. Arrays of numbers are runs ``[place, first, count]``
+of numbers that grow by one.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ import base64
 import gzip
 import json
 import shutil
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 from ..catalog import LayerRecord, check_name
-from ..engine import MAP, NODE, STATE
+from ..engine import CHECKSUM, MAP, NODE, STATE
 from ..errors import DamagedError, FormatError
 from ..metadata import DOCUMENT, Metadata, unframe
 from ..poolfiles import PoolFiles
 from ..records import Record
 from .check import read_tables
 from .nodes import LayerMap
-from .records import FANOUT, LEVELS_MAX, NodeReader, key_of, of_varints
+from .records import CHECKSUM_VALUES, FANOUT, LEVELS_MAX, NodeReader, key_of, make_page, new_page, of_varints, read_page
 from .repair import Repair, make_anew
 from .report import Report
 from .stored import StoredState
@@ -31,6 +33,7 @@ from .stored import StoredState
 VERSION = 1
 _BATCH = 4096
 _VALUE_MAX, _SIZE_MAX = 2**56, 2**60
+_PACKED = struct.Struct(f"<{CHECKSUM_VALUES}I")
 _Runs = list[list[int]]
 
 
@@ -82,6 +85,11 @@ class _Dump:
         for key, value in () if self._anonymous else self._documents:
             if not key.startswith(b"digest/"):  # those that are not done are begun anew
                 yield _line({"document": key.decode(), "content": _text(unframe(DOCUMENT, key, value))})
+        values = new_page()
+        for number, checksums in () if self._anonymous else state.numbered(CHECKSUM):
+            if not read_page(CHECKSUM, number, checksums, values):
+                raise DamagedError(f"the metadata is damaged (checksums {number}): repair it first")
+            yield _line({"checksums": number, "packed": base64.b64encode(_PACKED.pack(*values[0:CHECKSUM_VALUES])).decode()})
 
 
 def _line(value: dict[str, Any]) -> str:
@@ -166,6 +174,9 @@ def _load(source: IO[bytes], into: Path) -> None:
                 elif "document" in item:
                     content = item["content"]
                     documents[item["document"]] = content.encode() if isinstance(content, str) else base64.b64decode(content["base64"])
+                elif "checksums" in item:
+                    number, values = item["checksums"], _PACKED.unpack(base64.b64decode(item["packed"]))
+                    batch.append((CHECKSUM, key_of(number), make_page(CHECKSUM, number, values)))
                 if len(batch) == _BATCH:
                     store.commit(batch, {}, {}, {})
                     batch = []
@@ -175,7 +186,7 @@ def _load(source: IO[bytes], into: Path) -> None:
             store.commit(batch, layers, {}, documents)
         finally:
             store.close()
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, EOFError, gzip.BadGzipFile, DamagedError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, EOFError, struct.error, gzip.BadGzipFile, DamagedError) as error:
         raise FormatError(f"not a dump of thinpool's, or a damaged one: {error}") from error
 
 

@@ -11,7 +11,7 @@ from ..engine import BLOCK_SIZE
 from ..metadata import frame, unframe
 
 _core, _ffi = lib, ffi
-FANOUT, PAGE_VALUES, LEVELS_MAX = 256, 1024, 7
+FANOUT, PAGE_VALUES, CHECKSUM_VALUES, LEVELS_MAX = 256, 1024, 128, 7
 _NODE_BYTES_MAX = 64 << 10
 
 
@@ -101,7 +101,7 @@ def new_page() -> Any:
 
 
 def read_page(kind: int, key: int, value: bytes, into: Any) -> bool:
-    """Decodes a page of counts; false: it is damaged."""
+    """Decodes a page of counts, or the checksums of 128 chunks; false: it is damaged."""
     return bool(_core.tp_inspect_page(kind, key, value, len(value), into) == 0)
 
 
@@ -118,6 +118,11 @@ def compare(stored: Any, found: Any, *, chunks: bool) -> Any:
     out = _ffi.new("tp_comparison *")
     _core.tp_compare_counts(stored, found, chunks, out)
     return out
+
+
+def stray_checksum(counts: Any, checksums: Any) -> int:
+    """The first place in a page of chunks where there is a checksum and no count; -1: there is none."""
+    return int(_core.tp_stray_checksum(counts, checksums))
 
 
 def varints(kind: int, key: bytes, value: bytes) -> list[int]:

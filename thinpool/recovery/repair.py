@@ -26,14 +26,15 @@ from typing import Any
 
 from ..api import Progress
 from ..catalog import LayerRecord
-from ..engine import CHUNK_PAGE, MAP, NODE, NODE_PAGE, STATE, SUMMARY
+from ..engine import CHECKSUM, CHUNK_PAGE, MAP, NODE, NODE_PAGE, STATE, SUMMARY
 from ..errors import DamagedError
 from ..metadata import DOCUMENT, FORMAT_VERSION, KNOWN_READ_COMPATIBLE, Metadata, unframe
 from ..poolfiles import PoolFiles
 from ..records import Record
 from .check import MEMORY_BYTES, check, check_state
+from .checksums import Checksums
 from .nodes import LayerMap, NodeTable, lost_ranges
-from .records import FANOUT, PAGE_VALUES, NodeReader, References, key_of, make_page, new_page, of_varints, varints
+from .records import CHECKSUM_VALUES, FANOUT, PAGE_VALUES, NodeReader, References, key_of, make_page, new_page, of_varints, varints
 from .report import Range, Report, joined
 from .salvage import Salvage
 from .stored import StoredState
@@ -157,6 +158,9 @@ class _Repair:
                 continue
         fields = LayerRecord.__slots__
         self._layers = {number: LayerRecord(**{name: record[name] for name in fields if name in record}) for number, record in self._salvage.layers().items()}
+        if self._done.before.corruptions:  # which chunks have lost theirs is not known: all are looked at again
+            for record in self._layers.values():
+                record.checksums = False
         self._table, sound = NodeTable(), True
         for node_id, value in self._salvage.numbered(NODE):
             sound &= self._table.add(node_id, value, self._reader, None)
@@ -349,7 +353,7 @@ class _Repair:
     def _chunk_counts(self) -> Iterator[Record]:
         """Counts, summaries and the pool's counters: what no map names is free, and may hold anything."""
         allocated, summary = 0, new_page()
-        references = References(0, 0)
+        references, checksums = References(0, 0), Checksums(self._salvage, lambda _: None)
         for page in range(self._pages):
             first = page * PAGE_VALUES
             if first >= references.first + references.length:
@@ -360,12 +364,22 @@ class _Repair:
             allocated += taken
             summary[page % PAGE_VALUES] = PAGE_VALUES - taken << 16
             yield CHUNK_PAGE, key_of(page), make_page(CHUNK_PAGE, page, [count + 1 for count in counts])
+            yield from self._checksums(page, counts, checksums.page(page))
             if (page + 1) % PAGE_VALUES == 0 or page + 1 == self._pages:
                 yield SUMMARY, key_of(page // PAGE_VALUES), make_page(SUMMARY, page // PAGE_VALUES, summary)
                 summary = new_page()
         next_node = max([self._counters[0] if self._counters else 1, *(self._table.ids[-1:] and [self._table.ids[-1] + 1])])
         numbers = [next_node, self._pages, allocated, self._pages * PAGE_VALUES - allocated, *self._counters[4:5]]
         yield STATE, key_of(0), of_varints(STATE, key_of(0), numbers)
+
+    @staticmethod
+    def _checksums(page: int, counts: list[int], checksums: Any) -> Iterator[Record]:
+        """Those of chunks that a map names."""
+        for at in range(0, PAGE_VALUES, CHECKSUM_VALUES):
+            values = [checksums[i] if counts[i] else 0 for i in range(at, at + CHECKSUM_VALUES)]
+            if any(values):
+                number = (page * PAGE_VALUES + at) // CHECKSUM_VALUES
+                yield CHECKSUM, key_of(number), make_page(CHECKSUM, number, values)
 
     def _count(self, references: References) -> None:
         cut = set(self._cut_leaves)

@@ -31,13 +31,14 @@ class Range:
 
 @dataclass
 class Report:
-    """The outcome of a check; lists are cut at 1,000 each, the counts are not."""
+    """The outcome of a check; lists are cut at 1,000 each, the counts are not. ``checksums``: how many chunks a scrub has compared with theirs."""
 
     mode: str
     txn: int = 0
     layers: int = 0
     nodes: int = 0
     chunks: int = 0
+    checksums: int = 0
     corruptions: int = 0
     leaks: int = 0
     leaked_chunks: int = 0

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from ..engine import MAP, NODE, STATE
+from ..engine import CHECKSUM, MAP, NODE, STATE
 from ..errors import DamagedError
 from ..metadata import DATABASE_NAMES, DOCUMENT, FINGERPRINT, LAYER, POOL, SUMS_KEY, unframe
 from .records import varints
 from .stored import StoredState
 
-_KEPT_KINDS = (NODE, MAP, LAYER, DOCUMENT)  # counts and space are made anew, and fingerprints are hints
+_KEPT_KINDS = (NODE, MAP, LAYER, DOCUMENT, CHECKSUM)  # counts and space are made anew, and fingerprints are hints
 
 
 class Salvage:
@@ -71,6 +71,8 @@ class Salvage:
         for key, value in self.items(kind):
             if len(key) == 8:
                 yield int.from_bytes(key, "big"), value
+
+    numbered_again = numbered
 
     def layers(self) -> dict[int, dict[str, Any]]:
         """The layers' records, by id."""

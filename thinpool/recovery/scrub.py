@@ -1,4 +1,5 @@
-"""Reads the data file for what its chunks say by themselves: those in use can be read, and free clean ones are zeros (I6)."""
+"""Reads the data file for what is known of its chunks: those with a checksum hold what it is of (I9), the others in use can be read, and
+free clean ones are zeros (I6). In the order in which they lie there, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -9,27 +10,42 @@ from pathlib import Path
 from ..api import Progress
 from ..engine import CHUNK_PAGE, is_zero
 from ..poolfiles import PoolFiles
-from .check import ranges_of_chunks, read_tables
+from .check import places_of_chunks, ranges_of_chunks, read_tables
+from .checksums import Checksums, checksum_of, stored_checksums
 from .records import PAGE_VALUES, new_page, read_page
 from .report import Report
 from .stored import StoredState
 
 _CONFIRMATIONS = 5
+_SUSPECTS_MAX = 1 << 16  # of each kind, to be looked at again
+
+Place = tuple[str, int, int]
+"""(layer, offset, length) of what a layer has in a chunk, in bytes."""
 
 
-def scrub_chunks(path: Path, report: Report, progress: Progress | None = None) -> None:
-    """Adds what is wrong with the chunks of the pool in ``path``, which may be in use. ``progress``: bytes, of the data file's length."""
+def scrub_chunks(path: Path, report: Report, progress: Progress | None = None) -> dict[int, tuple[int, list[Place]]]:
+    """Adds what is wrong with the chunks of the pool in ``path``, which may be in use. ``progress``: bytes, of the data file's length.
+
+    The chunks that are not what their checksums say, each with its checksum and what layers have in it.
+    """
     files = PoolFiles(path)
     files.open_data(read_only=True)
     try:
         scrub = _Scrub(files, report)
         with StoredState(files.meta, lambda _: None) as state:
             unreadable = scrub.run(state, progress)
-        if unreadable:
-            with StoredState(files.meta, lambda _: None) as state:
-                tables = read_tables(state, Report("full"))
-                report.add_ranges(ranges_of_chunks(state, tables, unreadable.__contains__, "the host's disk cannot read it"))
-        scrub.confirm()
+        scrub.confirm_clean()
+        wrong = scrub.confirm_wrong()
+        if not wrong and not unreadable:
+            return {}
+        with StoredState(files.meta, lambda _: None) as state:
+            tables = read_tables(state, Report("full"))
+            report.add_ranges(ranges_of_chunks(state, tables, unreadable.__contains__, "the host's disk cannot read it"))
+            report.add_ranges(ranges_of_chunks(state, tables, wrong.__contains__, "it is not what its checksum says"))
+            found: dict[int, tuple[int, list[Place]]] = {chunk: (checksum, []) for chunk, checksum in sorted(wrong.items())}
+            for chunk, layer_id, offset, length in places_of_chunks(state, tables, wrong.__contains__):
+                found[chunk][1].append((tables.names[layer_id], offset, length))
+            return found
     finally:
         files.close()
 
@@ -37,34 +53,43 @@ def scrub_chunks(path: Path, report: Report, progress: Progress | None = None) -
 class _Scrub:
     def __init__(self, files: PoolFiles, report: Report) -> None:
         self._files, self._report = files, report
-        self._suspects: set[int] = set()
+        self._suspects: set[int] = set()  # free, and not zeros
+        self._wrong: set[int] = set()  # not what their checksums say
         self.chunk_size = 0
 
     def run(self, state: StoredState, progress: Progress | None) -> set[int]:
-        """Reads all that holds data; the chunks in use that cannot be read."""
+        """Reads all that holds data, and what has a checksum; the chunks in use that cannot be read."""
         self.chunk_size = state.pool_record()["chunk_size"]
         counters, _, window = state.state()
         size, unreadable = os.fstat(self._files.data_fd).st_size, set[int]()
+        checksums = Checksums(state, lambda _: None)
         for page, value in state.chunk_pages(counters.pages if counters else 0):
             values = new_page()
             if value and not read_page(CHUNK_PAGE, page, value, values):
                 continue  # the check has said so
-            for chunk in self._with_data(page, size):
+            expected = {page * PAGE_VALUES + i: known for i, known in enumerate(checksums.page(page)) if known}
+            self._report.checksums += len(expected)
+            for chunk in sorted(expected.keys() | set(self._with_data(page, size))):
                 allocated = values[chunk % PAGE_VALUES] > 1
                 if not allocated and ((window and page in window) or values[chunk % PAGE_VALUES] == 1):
                     continue
                 try:
-                    zero = is_zero(os.pread(self._files.data_fd, self.chunk_size, chunk * self.chunk_size))
+                    content = self._read(chunk)
                 except OSError as error:
                     if allocated:
                         unreadable.add(chunk)
                         self._report.corrupt(f"chunk {chunk} cannot be read: {error.strerror}")
                     continue
-                if not allocated and not zero:
-                    self._suspects.add(chunk)
+                if not allocated and not is_zero(content):
+                    _add(self._suspects, chunk)
+                if allocated and chunk in expected and checksum_of(content) != expected[chunk]:
+                    _add(self._wrong, chunk)
             if progress is not None:
                 progress(min((page + 1) * PAGE_VALUES * self.chunk_size, size), size)
         return unreadable
+
+    def _read(self, chunk: int) -> bytes:
+        return os.pread(self._files.data_fd, self.chunk_size, chunk * self.chunk_size)
 
     def _with_data(self, page: int, size: int) -> Iterator[int]:
         """The chunks of a page in which the file has no hole."""
@@ -79,13 +104,36 @@ class _Scrub:
             chunk = min(-(-stop // self.chunk_size), end)
             yield from range(min(first, end), chunk)
 
-    def confirm(self) -> None:
+    def confirm_wrong(self) -> dict[int, int]:
+        """Tells of the chunks that are not what their checksums say, and gives these: a checksum that is there before and after a chunk is
+        read was there meanwhile, and with it nobody had begun to write to the chunk."""
+        if not self._wrong:
+            return {}
+        before = self._stored()
+        now = {chunk: self._checksum_now(chunk) for chunk in before}
+        after = self._stored()
+        wrong = {chunk: known for chunk, known in before.items() if now[chunk] != known and after.get(chunk) == known}
+        for chunk in sorted(wrong):
+            self._report.corrupt(f"chunk {chunk} is not what its checksum says", "I9")
+        return wrong
+
+    def _checksum_now(self, chunk: int) -> int:
+        try:
+            return checksum_of(self._read(chunk))
+        except OSError:
+            return 0
+
+    def _stored(self) -> dict[int, int]:
+        with StoredState(self._files.meta, lambda _: None) as state:
+            return stored_checksums(state, self._wrong)
+
+    def confirm_clean(self) -> None:
         """Tells of the clean chunks that hold data: those of which it is true in one state, for others were handed out meanwhile."""
         for _ in range(_CONFIRMATIONS):
             if not self._suspects:
                 return
             txn = self._still_clean()
-            self._suspects = {chunk for chunk in self._suspects if not is_zero(os.pread(self._files.data_fd, self.chunk_size, chunk * self.chunk_size))}
+            self._suspects = {chunk for chunk in self._suspects if not is_zero(self._read(chunk))}
             if self._still_clean() == txn:
                 break
         for chunk in sorted(self._suspects):
@@ -102,3 +150,8 @@ class _Scrub:
                     clean |= {chunk for chunk in self._suspects if chunk // PAGE_VALUES == page and values[chunk % PAGE_VALUES] == 0}
             self._suspects = clean
             return state.txn
+
+
+def _add(suspects: set[int], chunk: int) -> None:
+    if len(suspects) < _SUSPECTS_MAX:
+        suspects.add(chunk)

@@ -20,7 +20,7 @@ from .lmdbfile import Database, LmdbFile, OnDamage
 from .records import key_of, varints
 
 _NO_DATABASE = Database(0, 0, 0, 2**64 - 1)
-_OPTIONAL = {b"documents"}
+_OPTIONAL = {b"checksums", b"documents"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,10 @@ class StoredState:
         """Once more, without a word about damage."""
         with LmdbFile(self.file.path, lambda _: None, meta=self.file.meta) as file:
             yield from file.items(self.databases[kind], "")
+
+    def numbered_again(self, kind: int) -> Iterator[tuple[int, bytes]]:
+        """Records whose keys are numbers, without a word about damage: also while others are being read."""
+        return ((int.from_bytes(key, "big"), value) for key, value in self.items_again(kind) if len(key) == 8)
 
     def numbered(self, kind: int) -> Iterator[tuple[int, bytes]]:
         """Records whose keys are numbers."""

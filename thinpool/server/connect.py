@@ -95,20 +95,21 @@ def _start_lock(path: Path) -> Iterator[None]:
         os.close(directory_fd)
 
 
-def take_over(path: Path, log_format: LogFormat = "text") -> RemotePool:
+def take_over(path: Path, log_format: LogFormat = "text", *, verify_reads: bool = False) -> RemotePool:
     """Starts a server in place of the one that runs, or where none runs, and gives the pool through it. What is attached and mounted stays so.
 
+    ``verify_reads``: chunks that have a checksum are compared with it when they are read, as long as that server and those that follow a killed one run.
     Raises what the new server failed with; the old one is then as it was, or its keeper starts another.
     """
     with _start_lock(path):
-        _start(path, log_format, takeover=True)
+        _start(path, log_format, takeover=True, verify_reads=verify_reads)
         remote = _find_server(path)
     if remote is None:
         raise ServerError(f"the server of {path} stopped as it started: see {path / LOG_NAME}")
     return remote
 
 
-def _start(path: Path, log_format: LogFormat, *, takeover: bool = False) -> None:
+def _start(path: Path, log_format: LogFormat, *, takeover: bool = False, verify_reads: bool = False) -> None:
     """Starts the server and waits until its socket accepts. Raises what it failed with."""
     import subprocess
 
@@ -116,7 +117,7 @@ def _start(path: Path, log_format: LogFormat, *, takeover: bool = False) -> None
 
     ready_fd, child_fd = os.pipe()
     with os.fdopen(ready_fd) as ready:
-        words = command(path, child_fd, takeover=takeover, log_format=log_format)
+        words = command(path, child_fd, takeover=takeover, log_format=log_format, verify_reads=verify_reads)
         try:
             # Its standard error is ours until it has the pool and with it a log.
             starting = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[child_fd], start_new_session=True)

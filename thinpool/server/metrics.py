@@ -39,6 +39,7 @@ _COUNTERS = {
     "window_extensions": ("window_extensions", "Extensions of the allocation window."),
     "punched_bytes": ("punched", "Bytes given back to the host."),
     "deduplicated_bytes": ("deduplicated", "Bytes not stored twice, as an import or a content digest found that the pool had them."),
+    "corrupt_reads": ("corrupt_reads", "Reads of chunks that were not what their checksums say; where reads are verified."),
 }
 _CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MODES = ("writable", "read-only", "failed")

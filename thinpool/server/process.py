@@ -24,20 +24,20 @@ _log = logging.getLogger("thinpool.server")
 _PROGRAM = """import sys
 sys.path.append(sys.argv[1])
 from thinpool.server.process import main
-main(sys.argv[2], int(sys.argv[3]), bool(int(sys.argv[4])), sys.argv[5])
+main(sys.argv[2], int(sys.argv[3]), bool(int(sys.argv[4])), sys.argv[5], bool(int(sys.argv[6])))
 """
 
 
-def command(path: Path, ready_fd: int = -1, *, takeover: bool = False, log_format: LogFormat = "text") -> list[str]:
+def command(path: Path, ready_fd: int = -1, *, takeover: bool = False, log_format: LogFormat = "text", verify_reads: bool = False) -> list[str]:
     """What starts it; ``ready_fd`` as in :func:`main`, which the process must inherit."""
-    home = Path(__file__).parents[2]
-    return [sys.executable, "-P", "-c", _PROGRAM, str(home), os.path.abspath(path), str(ready_fd), str(int(takeover)), log_format]
+    home, flags = Path(__file__).parents[2], [str(int(flag)) for flag in (takeover, verify_reads)]
+    return [sys.executable, "-P", "-c", _PROGRAM, str(home), os.path.abspath(path), str(ready_fd), flags[0], log_format, flags[1]]
 
 
-def main(directory: str, ready_fd: int, takeover: bool, log_format: LogFormat) -> None:
+def main(directory: str, ready_fd: int, takeover: bool, log_format: LogFormat, verify_reads: bool) -> None:
     """Serves the pool in ``directory`` and reports to the starter, through ``ready_fd``, how the start went; -1: it is a successor, and nobody waits.
 
-    ``takeover``: in place of the server that runs.
+    ``takeover``: in place of the server that runs; ``verify_reads`` as :meth:`Pool.open` has it.
     """
     if os.fork():
         os._exit(0)
@@ -49,7 +49,7 @@ def main(directory: str, ready_fd: int, takeover: bool, log_format: LogFormat) -
     else:
         log_to(LogFile(path / LOG_NAME), log_format)
     try:
-        _serve(path, on_ready, takeover=takeover, log_format=log_format)
+        _serve(path, on_ready, takeover=takeover, log_format=log_format, verify_reads=verify_reads)
     except Exception as error:
         if on_ready is None or on_ready.closed or not isinstance(error, ThinpoolError):
             _log.exception("failed")
@@ -59,16 +59,17 @@ def main(directory: str, ready_fd: int, takeover: bool, log_format: LogFormat) -
     _log.info("stopped")
 
 
-def _serve(path: Path, on_ready: IO[str] | None, *, takeover: bool, log_format: LogFormat) -> None:
+def _serve(path: Path, on_ready: IO[str] | None, *, takeover: bool, log_format: LogFormat, verify_reads: bool) -> None:
     if takeover:
         _load()  # before the other leaves
-    with kept_pool(path, takeover=takeover) as (pool, keeper):
+    with kept_pool(path, takeover=takeover, verify_reads=verify_reads) as (pool, keeper):
         if on_ready is not None:
             log_to(LogFile(path / LOG_NAME), log_format)
         os.chdir("/")
         tell_starter = None if on_ready is None else partial(tell, on_ready, {"ready": os.getpid()})
         serve = _load()
-        serve(pool, keeper, stays=False, restart=command(pool.path, log_format=log_format), on_ready=tell_starter)
+        restart = command(pool.path, log_format=log_format, verify_reads=verify_reads)
+        serve(pool, keeper, stays=False, restart=restart, on_ready=tell_starter)
 
 
 def _load() -> Callable[..., None]:

@@ -27,15 +27,15 @@ _LOG = logging.getLogger("thinpool.server")
 
 
 @contextmanager
-def kept_pool(path: Path, *, takeover: bool = False) -> Iterator[tuple[Pool, KeeperLink]]:
+def kept_pool(path: Path, *, takeover: bool = False, verify_reads: bool = False) -> Iterator[tuple[Pool, KeeperLink]]:
     """The pool, open in this process, with all that an earlier one left to be gone on with.
 
-    ``takeover``: also one that is still at work, which leaves. Raises what :meth:`Pool.open` raises.
+    ``takeover``: also one that is still at work, which leaves. ``verify_reads``: as :meth:`Pool.open` has it. Raises what that raises.
     """
     run = os.path.join(os.path.realpath(path), "run")
     keeper = KeeperLink.claim(run, takeover=takeover)
     redo = keeper.kept("redo")[0] if keeper else os.memfd_create("thinpool-redo")
-    with Pool.open(path, redo=redo, lock=keeper.kept("lock")[0] if keeper else -1) as pool:
+    with Pool.open(path, verify_reads=verify_reads, redo=redo, lock=keeper.kept("lock")[0] if keeper else -1) as pool:
         if keeper is None:
             keeper = KeeperLink(run)
             keeper.keep("lock", [pool.lock_fd])

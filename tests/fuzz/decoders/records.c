@@ -38,11 +38,12 @@ static void take_record(uint32_t kind, uint64_t key, const uint8_t *body, uint64
 }
 
 static void take_records(const uint8_t *data, size_t size) {
+  static const uint32_t kinds[] = {TP_NODE, TP_CHUNK_PAGE, TP_NODE_PAGE, TP_SUMMARY, TP_MAP, TP_STATE, TP_CHECKSUM}; /* in the order of seeds.py */
   record_count = 0;
   while (size >= 4 && record_count < RECORDS_MAX) {
     uint64_t length = data[2] | (uint64_t)(data[3] & 0x3f) << 8;
     if (length > size - 4) length = size - 4;
-    take_record(1 + data[0] % 6, data[1], data + 4, length);
+    take_record(kinds[data[0] % (sizeof kinds / sizeof *kinds)], data[1], data + 4, length);
     data += 4 + length, size -= 4 + length;
   }
 }
@@ -120,7 +121,7 @@ static void walk(tp_layer *layer, tp_layer *other) {
 }
 
 static void read_pool(uint64_t chunk_size, int read_only) {
-  tp_options options = {.chunk_size = chunk_size, .read_only = read_only, .disk = &disk, .fetch = fetch, .commit = no, .extend_window = no};
+  tp_options options = {.chunk_size = chunk_size, .read_only = read_only, .verify_reads = 1, .disk = &disk, .fetch = fetch, .commit = no, .extend_window = no};
   tp_pool *pool;
   if (tp_pool_open(&options, &pool) != TP_OK) return;
   tp_layer *layers[3] = {NULL};
@@ -141,7 +142,7 @@ static void again(const struct stored *r, uint64_t blocks) {
   static uint8_t made[1u << 22];
   static uint64_t splits[256 * (2 + TP_BLOCKS_MAX)], splits_again[256 * (2 + TP_BLOCKS_MAX)];
   tp_node_info node, node_again;
-  uint32_t page[1024], page_again[1024];
+  uint32_t page[1024] = {0}, page_again[1024] = {0};
   uint64_t length = sizeof made;
   if (r->kind == TP_NODE && tp_inspect_node(r->key, r->value, r->length, blocks, &node, NULL, splits) == TP_OK) {
     require(tp_make_node(r->key, &node, blocks, splits, made, &length) == TP_OK);

@@ -1,4 +1,4 @@
-/* checksum.c - checksums of chunks: loading, making, giving up, verifying. */
+/* checksum.c - checksums of chunks: loading, making, giving up, verifying, and healing by them. */
 #include "checksum.h"
 
 #include "io.h"
@@ -224,4 +224,33 @@ int checksum_verify(struct tp_pool *pool, uint64_t chunk, uint8_t *bytes) {
   if (finished(tp_crc32c(0, bytes, chunk_size(pool))) == expected) return 1;
   pool->metrics.corrupt_reads++;
   return tp_error_record(TP_ECHECKSUM, 0, chunk);
+}
+
+static bool names_chunk(tp_layer *layer, uint64_t index, uint64_t chunk) {
+  struct tp_pool *pool = layer->pool;
+  struct node *leaf;
+  uint64_t named[pool->blocks];
+  pthread_mutex_lock(&pool->mutex);
+  bool found = map_find(layer, index / FANOUT, &leaf) == TP_OK && leaf != NULL;
+  unsigned n = found ? entry_chunks(pool, leaf->entry[index % FANOUT], named) : 0;
+  pthread_mutex_unlock(&pool->mutex);
+  while (n > 0 && named[n - 1] != chunk) n--;
+  return n > 0;
+}
+
+int tp_layer_heal(tp_layer *layer, uint64_t index, uint64_t chunk, const void *bytes) {
+  struct tp_pool *pool = layer->pool;
+  struct io io;
+  uint32_t expected = 0;
+  int rc = io_begin(&io, layer, 0, 0, false);
+  pthread_mutex_lock(&pool->mutex);
+  if (rc == TP_OK) rc = pool_check_change(pool);
+  pthread_mutex_unlock(&pool->mutex);
+  if (rc == TP_OK && names_chunk(layer, index, chunk)) rc = checksum_of(pool, chunk, &expected);
+  if (rc == TP_OK && expected != 0 && finished(tp_crc32c(0, bytes, chunk_size(pool))) == expected) {
+    rc = disk_write(pool, bytes, chunk_size(pool), chunk << pool->chunk_shift);
+    if (rc == TP_OK) rc = 1;
+  }
+  io_end(&io);
+  return rc;
 }

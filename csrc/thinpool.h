@@ -226,6 +226,9 @@ int tp_layer_rebase(tp_layer *layer, tp_layer *from, tp_layer *to, uint64_t *cur
 
 /* --- checksums of chunks (checksum.h). Of all chunks that a sealed layer names in a range, those that have none get one --- */
 int tp_layer_checksum(tp_layer *layer, uint64_t offset, uint64_t length);
+/* Puts the bytes, of a whole chunk, into a chunk that the layer names in chunk `index` of its own; 1: done, 0: they are not what its checksum
+ * says, or it has none. Durable with the next flush. */
+int tp_layer_heal(tp_layer *layer, uint64_t index, uint64_t chunk, const void *bytes);
 
 /* --- commit: freeze, (tp_sync), encode until none is left, store, release. One at a time. --- */
 int tp_freeze(tp_pool *pool, uint64_t *txn);  /* returns 1 if there is anything to store */

@@ -22,7 +22,7 @@ RANKS = {
     "recovery": 4,
     **dict.fromkeys(("layer", "digests", "limits", "policy"), 5),
     "pool": 6,
-    "sharing": 7,
+    **dict.fromkeys(("sharing", "healing"), 7),
     "exports": 8,
     "filesystems": 9,
     "images": 10,

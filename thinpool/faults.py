@@ -21,7 +21,7 @@ def _corrupt(info: Any, where: str) -> errors.ThinpoolError:
 
 
 def _checksum(info: Any, where: str) -> errors.ThinpoolError:
-    return errors.DamagedError(f"damaged data: chunk {info.key} does not match its checksum{where}")
+    return errors.DamagedError(f"damaged data: chunk {info.key} does not match its checksum{where}: heal it by thinpool repair --heal-from")
 
 
 def _disk(info: Any, where: str) -> errors.ThinpoolError:

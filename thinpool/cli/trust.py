@@ -14,11 +14,12 @@ import typer
 from ..errors import DamagedError, DiskError, ThinpoolError
 from ..units import format_size, parse_size
 from . import options
-from .exits import FAILED, message_of
+from .exits import DAMAGED, FAILED, message_of
 from .options import opened, pool_path
 from .show import format_time, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
+    from ..healing import Healed
     from ..layer import Layer
     from ..recovery.repair import Repair
     from ..recovery.report import Report
@@ -73,6 +74,12 @@ def check(
 def repair(
     ctx: typer.Context,
     leaks: Annotated[bool, typer.Option("--leaks", help="Only if there are leaks and no corruption.")] = False,
+    heal_from: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="SOURCE", help="Then heal chunks from there: another pool, a raw image of a layer, a device. May be given again.", show_default=False
+        ),
+    ] = None,
     chunk_size: Annotated[str, typer.Option(help="For a pool that has lost even that.", show_default=False)] = "0",
     as_json: options.AsJson = False,
     pool: options.Pool = None,
@@ -81,16 +88,30 @@ def repair(
 
     JSON: before (what check found), kept (where the old metadata is; empty: nothing was done), lost (ranges: layer, offset, length,
     why), renamed (old name to new), found (layers whose map, name or place was lost), dropped (names of layers of which nothing is left).
+    With --heal-from, data: chunks (how many were not what their checksums say), healed and left (ranges), differ (layers that are not what their content
+    digest says all the same).
     """
     from ..recovery.repair import repair as repair_pool
 
     path = pool_path(ctx, pool)
     with progress_bar("checking") as progress:
         done = repair_pool(path, leaks_only=leaks, chunk_size=parse_size(chunk_size), progress=progress)
+    healed = _heal(path, heal_from) if heal_from else None
     if as_json:
-        print_json(done.as_json())
+        print_json(done.as_json() | ({} if healed is None else {"data": healed.as_json()}))
     else:
         _print_repaired(done)
+        if healed is not None:
+            _print_healed(healed)
+    if healed is not None and (healed.left or healed.differ):
+        raise typer.Exit(DAMAGED)
+
+
+def _heal(path: Path, sources: list[Path]) -> Healed:
+    from ..healing import heal
+
+    with progress_bar("reading chunks") as progress:
+        return heal(path, sources, progress)
 
 
 def _print_repaired(done: Repair) -> None:
@@ -99,6 +120,18 @@ def _print_repaired(done: Repair) -> None:
         return
     print(f"repaired {done.before.corruptions} corruptions and {done.before.leaks} leaks; the old metadata is kept in {done.kept}")
     print_repair(done)
+
+
+def _print_healed(done: Healed) -> None:
+    if not done.chunks:
+        print("nothing to heal")
+        return
+    rows = [[one.layer, str(one.offset), str(one.length), one.why] for one in (*done.healed, *done.left)]
+    print_table(["LAYER", ">OFFSET", ">LENGTH", "DATA"], rows[:_SHOWN_MAX])
+    if (more := len(rows) - _SHOWN_MAX) > 0:
+        print(f"... and {more} more")
+    for name in done.differ:
+        print(f"layer {name} is not what its content digest says all the same")
 
 
 def print_repair(done: Repair) -> None:

@@ -1,0 +1,139 @@
+"""``repair --heal-from``: damaged chunks get their bytes back from other pools and from raw images; checksums decide which bytes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import invariants
+import pytest
+from commandline import Command, make_rootfs
+from test_checksums import flip, stored
+
+from thinpool import Pool
+from thinpool.healing import _put, heal
+
+CHUNK = 65536
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+def filled(path: Path, seed: int = 1) -> None:
+    """A pool of a base, with a ragged end, a snapshot of a clone of it that differs in single blocks, and a writable clone of that."""
+    rng = random.Random(seed)
+    with Pool.create(path) as pool:
+        base = pool.create_layer("base", 20 * CHUNK + 1000)
+        base.pwrite(rng.randbytes(base.size), 0)
+        base.seal()
+        middle = base.clone("middle")
+        for index in range(0, 20, 3):
+            middle.pwrite(rng.randbytes(4096), index * CHUNK + 8192)
+        middle.snapshot("top").clone("work").pwrite(b"work" * 20000, 5 * CHUNK)
+        pool.layer("middle").delete()
+        pool.compute_digests()
+
+
+def damaged(path: Path, count: int, seed: int = 1) -> list[int]:
+    """Flips a bit in so many of the chunks that have a checksum."""
+    with Pool.open(path, background=False) as pool:
+        known = sorted(stored(pool).checksums)
+    chunks = random.Random(seed).sample(known, count)
+    for chunk in chunks:
+        flip(path, chunk, CHUNK, random.Random(chunk))
+    return chunks
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    with Pool.open(path, read_only=True) as pool:
+        return {layer.name: layer.pread(layer.size, 0) for layer in pool.layers()}
+
+
+def test_from_another_pool(command: Command) -> None:
+    """Of the same content, which a digest or a name says; its chunks have other numbers."""
+    filled(command.pool)
+    right = contents(command.pool)
+    other = command.directory / "other"
+    with Pool.create(other) as pool:
+        pool.create_layer("something", "4M").pwrite(b"else" * 100000, 0)
+    with Pool.open(command.pool, read_only=True) as source, Pool.open(other) as pool:
+        for name in ("base", "top"):
+            layer = pool.create_layer(f"{name}-elsewhere" if name == "base" else name, source.layer(name).size)
+            layer.pwrite(right[name], 0)
+            layer.seal()
+        pool.compute_digests()
+    assert len(damaged(command.pool, 12)) == 12
+    assert command.start("check", "--scrub").returncode == 2
+    done = heal(command.pool, [other])
+    assert (done.chunks, done.left, done.differ) == (12, [], [])
+    assert contents(command.pool) == right
+    assert command("check", "--scrub").startswith("scrub check: no errors")
+    with Pool.open(command.pool, background=False) as pool:
+        invariants.check(pool._store.records, CHUNK, invariants.data_of(command.pool))
+
+
+def test_from_raw_images(command: Command) -> None:
+    filled(command.pool)
+    right = contents(command.pool)
+    command("export", "base", "base.raw")
+    command("export", "work", "work.raw")
+    damaged(command.pool, 12)
+    told = command("repair", "--heal-from", "base.raw", "--heal-from", "work.raw")
+    assert told.startswith("nothing to repair\n") and "healed" in told
+    assert contents(command.pool) == right
+    assert command("repair", "--heal-from", "base.raw").splitlines() == ["nothing to repair", "nothing to heal"]
+
+
+def test_what_is_not_found_is_left_and_told(command: Command) -> None:
+    """A source with other bytes, one that is too short, and one that has them for some chunks only."""
+    filled(command.pool)
+    right = contents(command.pool)
+    chunks = damaged(command.pool, 10)
+    wrong = contents(command.pool)
+    other = command.directory / "other"
+    filled(other, seed=2)
+    (command.directory / "short.raw").write_bytes(right["base"][: 3 * CHUNK])
+    done = heal(command.pool, [other])
+    assert (done.chunks, done.healed) == (10, [])
+    assert contents(command.pool) == wrong
+    run = command.start("repair", "--heal-from", other, "--heal-from", "short.raw", "--json")
+    assert run.returncode == 6
+    with Pool.open(command.pool, read_only=True) as pool:
+        places = {pool.layer("base").handle.chunk_at(index) for index in range(3)}
+    assert len(heal(command.pool, []).left) > 0
+    with Pool.open(command.pool, background=False) as pool:
+        base = pool.layer("base")
+        chunk = base.handle.chunk_at(0)
+        assert chunk is not None
+        assert not _put(base, 0, chunk, bytearray(CHUNK)) and not _put(base, 1, chunk, bytearray(right["base"][:CHUNK]))
+        assert _put(base, 0, chunk, bytearray(right["base"][:CHUNK]))
+    assert heal(command.pool, []).chunks == 10 - len(places & set(chunks)) < 10
+
+
+def test_a_pool_does_not_heal_itself(command: Command) -> None:
+    filled(command.pool)
+    damaged(command.pool, 1)
+    code, message = command.fails("repair", "--heal-from", command.pool)
+    assert code == 4 and "say where else" in message
+
+
+def test_a_pool_in_use_is_left_alone(command: Command) -> None:
+    filled(command.pool)
+    with Pool.open(command.pool):
+        assert command.fails("repair", "--heal-from", "/dev/null")[0] == 4
+
+
+def test_an_image_layer_from_a_pool_that_has_the_image(command: Command) -> None:
+    """The same tar on the same layer gives the same bytes: whoever can pull the image can heal it."""
+    tarball, other = make_rootfs(command.directory), command.directory / "other"
+    for pool in (command.pool, other):
+        command("--pool", pool, "init")
+        command("--pool", pool, "load", tarball, "--tag", "rootfs:1", "--size", "128M")
+        command("--pool", pool, "digest")
+    right = contents(command.pool)
+    damaged(command.pool, 5)
+    command("repair", "--heal-from", other)
+    assert contents(command.pool) == right
+    assert command("check", "--scrub").startswith("scrub check: no errors")

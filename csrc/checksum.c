@@ -90,17 +90,6 @@ static int page_of(struct tp_pool *pool, uint64_t chunk, struct page **page) {
   return rc;
 }
 
-int checksum_move(struct tp_pool *pool, uint64_t from, uint64_t to) {
-  struct page *old, *new;
-  int rc = page_of(pool, from, &old);
-  if (rc == TP_OK) rc = page_of(pool, to, &new);
-  if (rc != TP_OK) return rc;
-  assert(checksum_get(new, to % PAGE_VALUES) == 0); /* it is fresh */
-  checksum_set(pool, new, to % PAGE_VALUES, checksum_get(old, from % PAGE_VALUES));
-  checksum_set(pool, old, from % PAGE_VALUES, 0);
-  return TP_OK;
-}
-
 /* With a checksum; a chunk that has none is not asked about. */
 static bool has_one_owner(const struct page *page, uint64_t chunk) {
   return page->value[chunk % PAGE_VALUES] == CHUNK_ONE && checksum_get(page, chunk % PAGE_VALUES) != 0;
@@ -153,20 +142,27 @@ static int without_checksum(tp_layer *layer, uint64_t index, uint64_t *chunks, u
   return TP_OK;
 }
 
-static int make_checksum(tp_layer *layer, uint64_t chunk) {
+/* The bytes stand still: the layer is sealed, so nobody changes them in place (I7), and its lock is held, so that where they lay is not used anew.
+ * Returns 1 if the chunk has moved meanwhile (compact.c). */
+static int make_checksum(tp_layer *layer, uint64_t index, uint64_t chunk) {
   struct tp_pool *pool = layer->pool;
+  struct node *leaf;
   struct page *page;
+  uint64_t named[pool->blocks];
   uint32_t crc;
   int rc = crc_of_chunk(pool, chunk, &crc);
   if (rc != TP_OK) return rc;
   pthread_mutex_lock(&pool->mutex);
-  /* The layer names the chunk, for its lock is held, and is sealed: by I7 nobody has changed it in place since it was read, nor
-   * knows it for his own. From here on its checksum says so. */
   assert(layer->state == LAYER_SEALED);
-  rc = page_of(pool, chunk, &page);
+  rc = map_find(layer, index / FANOUT, &leaf);
+  if (rc == TP_OK) {
+    unsigned n = entry_chunks(pool, leaf->entry[index % FANOUT], named);
+    while (n > 0 && named[n - 1] != chunk) n--;
+    rc = n == 0 ? 1 : page_of(pool, chunk, &page);
+  }
   if (rc == TP_OK) {
     uint32_t known = checksum_get(page, chunk % PAGE_VALUES);
-    if (known == 0) checksum_set(pool, page, chunk % PAGE_VALUES, crc);
+    if (known == 0) checksum_set(pool, page, chunk % PAGE_VALUES, crc); /* nobody takes the chunk for his own from here on */
     else if (known != crc) rc = tp_error_record(TP_ECHECKSUM, 0, chunk); /* somebody else has made it meanwhile */
   }
   pthread_mutex_unlock(&pool->mutex);
@@ -177,12 +173,15 @@ static int make_checksums(tp_layer *layer, uint64_t index) {
   struct tp_pool *pool = layer->pool;
   uint64_t chunks[pool->blocks];
   unsigned count;
-  pthread_mutex_lock(&pool->mutex);
-  int rc = pool_check_change(pool);
-  if (rc == TP_OK) rc = without_checksum(layer, index, chunks, &count);
-  cache_trim(pool, layer);
-  pthread_mutex_unlock(&pool->mutex);
-  for (unsigned k = 0; rc == TP_OK && k < count; k++) rc = make_checksum(layer, chunks[k]);
+  int rc = 1;
+  while (rc == 1) {
+    pthread_mutex_lock(&pool->mutex);
+    rc = pool_check_change(pool);
+    if (rc == TP_OK) rc = without_checksum(layer, index, chunks, &count);
+    cache_trim(pool, layer);
+    pthread_mutex_unlock(&pool->mutex);
+    for (unsigned k = 0; rc == TP_OK && k < count; k++) rc = make_checksum(layer, index, chunks[k]);
+  }
   return rc;
 }
 
@@ -205,16 +204,21 @@ int tp_layer_checksum(tp_layer *layer, uint64_t offset, uint64_t length) {
 
 /* --- using --- */
 
+/* 0: none, or the chunk has just moved, and whoever moved it has compared. */
 static int checksum_of(struct tp_pool *pool, uint64_t chunk, uint32_t *value) {
   struct page *page;
+  *value = 0;
   pthread_mutex_lock(&pool->mutex);
-  int rc = page_of(pool, chunk, &page);
-  if (rc == TP_OK) *value = checksum_get(page, chunk % PAGE_VALUES);
+  int rc = page_get(pool, TP_CHUNK_PAGE, chunk / PAGE_VALUES, &page);
+  if (rc == TP_OK && (page->value[chunk % PAGE_VALUES] >= CHUNK_ONE || !bit_get(page->moving, chunk % PAGE_VALUES))) {
+    rc = page_of(pool, chunk, &page);
+    if (rc == TP_OK) *value = checksum_get(page, chunk % PAGE_VALUES);
+  }
   pthread_mutex_unlock(&pool->mutex);
   return rc;
 }
 
-/* Nobody can take the checksum away, or the chunk, while a layer that names it is locked: the caller's. */
+/* While a layer that names the chunk is locked, the caller's, nobody can take it away, nor what it holds. */
 int checksum_verify(struct tp_pool *pool, uint64_t chunk, uint8_t *bytes) {
   uint32_t expected;
   int rc = checksum_of(pool, chunk, &expected);

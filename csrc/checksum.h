@@ -22,19 +22,17 @@ struct checksums {
 static inline struct checksums *as_checksums(struct record *r) { return (struct checksums *)r; }
 
 /* All with the mutex held, where not said otherwise; `i`: the chunk's place in the page of counts. */
-int checksum_load(struct tp_pool *pool, struct page *page, unsigned i); /* may fail; the next three need it done */
+int checksum_load(struct tp_pool *pool, struct page *page, unsigned i); /* may fail; the next two need it done */
 static inline bool checksum_is_loaded(const struct page *page, unsigned i) { return page->sums_loaded >> i / CHECKSUM_VALUES & 1; }
 uint32_t checksum_get(const struct page *page, unsigned i); /* 0: none */
 void checksum_set(struct tp_pool *pool, struct page *page, unsigned i, uint32_t value);
-/* The chunk was copied to `to`, which takes its place in all maps; whoever copied has looked at the bytes (checksum_verify). */
-int checksum_move(struct tp_pool *pool, uint64_t from, uint64_t to);
 
 /* The layer, which has this leaf for itself, is about to write where `chunk` is. If that is its own but for a checksum, all such chunks of the leaf
  * lose theirs: it will write to others soon. The chunk's count is loaded. Layer's lock held exclusively. */
 void checksums_give_up(struct tp_layer *layer, const struct node *leaf, uint64_t chunk);
 
 /* Reads the whole chunk if it has a checksum, and compares. 1: bytes are right; 0: it has none, and nothing was read; or an error. Without the
- * mutex; the lock of a layer that names the chunk is held. */
+ * mutex; the lock of a layer that names the chunk is held, or the chunk is moving. */
 int checksum_verify(struct tp_pool *pool, uint64_t chunk, uint8_t *bytes);
 
 void checksums_encode(struct tp_pool *pool, struct checksums *sums);

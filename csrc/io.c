@@ -193,7 +193,7 @@ static int read_entry(struct gather *g, uint64_t entry, uint64_t to, uint64_t of
   int rc = TP_OK;
   while (length > 0 && rc == TP_OK) {
     uint64_t n = min_u64(length, TP_BLOCK - offset % TP_BLOCK);
-    uint64_t chunk = entry_split(entry)->block[offset / TP_BLOCK];
+    uint64_t chunk = split_chunk_at(entry, (unsigned)(offset / TP_BLOCK));
     rc = chunk == 0 ? gather_hole(g, to, n) : gather_chunk(g, chunk - 1, to, offset, n);
     to += n, offset += n, length -= n;
   }
@@ -214,7 +214,7 @@ static int read_locked(struct io *io, struct gather *g, uint64_t length, uint64_
     uint64_t n = min_u64(length, chunk_size(pool) - (offset & mask));
     rc = io_find_leaf(io, index, offset, length, false, &leaf);
     if (rc != TP_OK) return tp_error_where(rc, io->layer->rec.key, offset, n);
-    rc = read_entry(g, leaf == NULL ? 0 : leaf->entry[index % FANOUT], to, offset & mask, n);
+    rc = read_entry(g, leaf == NULL ? 0 : entry_read(&leaf->entry[index % FANOUT]), to, offset & mask, n);
     if (rc != TP_OK) return rc;
     to += n, offset += n, length -= n;
   }
@@ -304,13 +304,14 @@ static uint64_t place_in_place(const tp_layer *layer, const struct node *leaf, u
   unsigned i = index % FANOUT;
   if (leaf == NULL || leaf->mine_epoch != layer->epoch || !bit_get(leaf->mine, i)) return UINT64_MAX;
   if (layer_is_past_end(layer, index, offset, length)) return UINT64_MAX;
-  uint64_t entry = leaf->entry[i];
+  uint64_t entry = entry_read(&leaf->entry[i]);
   if (entry_is_split(entry)) {
     const struct split *split = entry_split(entry);
+    uint64_t own = entry_read(&split->own);
     for (unsigned b = offset / TP_BLOCK; b <= (offset + length - 1) / TP_BLOCK; b++) {
-      if (split->block[b] != split->own) return UINT64_MAX;
+      if (entry_read(&split->block[b]) != own) return UINT64_MAX;
     }
-    entry = split->own;
+    entry = own;
   }
   return ((entry - 1) << layer->pool->chunk_shift) + offset;
 }
@@ -376,7 +377,7 @@ static int write_locked(struct io *io, struct progress *p) {
       rc = disk_write(pool, p->buf, extend_in_place(io, p, at, &n), at);
       if (rc == TP_OK) advance(p, n);
     } else {
-      rc = write_slowly(io, p, n, leaf == NULL || leaf->entry[index % FANOUT] == 0);
+      rc = write_slowly(io, p, n, leaf == NULL || entry_read(&leaf->entry[index % FANOUT]) == 0);
     }
     if (rc == TP_NEED_WINDOW) return rc;
     if (rc != TP_OK) return tp_error_where(rc, io->layer->rec.key, p->offset, n);

@@ -21,14 +21,15 @@ static int get_level(tp_layer *layer, uint64_t id, unsigned level, uint64_t leaf
   return tp_error_where(rc, layer->rec.key, offset / span * span, span);
 }
 
-int map_find(tp_layer *layer, uint64_t leaf_index, struct node **out) {
+static int find(tp_layer *layer, uint64_t leaf_index, bool own, struct node **out) {
   *out = NULL;
   if (!covers(layer->height, leaf_index)) return TP_OK;
-  uint64_t id = layer->root;
+  uint64_t id = layer->root, count;
   for (unsigned level = layer->height - 1;; level--) {
     struct node *node;
     int rc = get_level(layer, id, level, leaf_index, &node);
-    if (rc != TP_OK) return rc;
+    if (rc == TP_OK && own) rc = load_count(layer->pool, TP_NODE_PAGE, id, &count);
+    if (rc != TP_OK || (own && count > 1)) return rc;
     if (level == 0) {
       *out = node;
       return TP_OK;
@@ -37,6 +38,10 @@ int map_find(tp_layer *layer, uint64_t leaf_index, struct node **out) {
     if (id == 0) return TP_OK;
   }
 }
+
+int map_find(tp_layer *layer, uint64_t leaf_index, struct node **out) { return find(layer, leaf_index, false, out); }
+
+int map_find_own(tp_layer *layer, uint64_t leaf_index, struct node **out) { return find(layer, leaf_index, true, out); }
 
 /* Room for the counts of the nodes that one path can need. Whose count is there already has not got a new id: the pool's state is damaged. */
 static int load_new_count_pages(struct tp_pool *pool) {

@@ -12,6 +12,9 @@
 /* Finds the leaf for reading; *out NULL: nothing is mapped there. */
 int map_find(tp_layer *layer, uint64_t leaf_index, struct node **out);
 
+/* Finds the leaf if no other layer has it: every node on the way has one owner. *out NULL: others do, or nothing is there. */
+int map_find_own(tp_layer *layer, uint64_t leaf_index, struct node **out);
+
 /* Finds the node of that level above (or at) the leaf, owned by this layer alone: shared nodes on the way are copied,
  * missing ones made. *mine: no other layer had the path in the committed state either. */
 int map_own(tp_layer *layer, uint64_t leaf_index, unsigned level, struct node **out, bool *mine);
@@ -40,7 +43,7 @@ static inline struct slot *layer_slot(const tp_layer *layer, uint64_t leaf_index
 }
 
 static inline uint64_t split_chunk_at(uint64_t entry, unsigned block) {
-  return entry_is_split(entry) ? entry_split(entry)->block[block] : entry;
+  return entry_is_split(entry) ? entry_read(&entry_split(entry)->block[block]) : entry;
 }
 
 #endif

@@ -109,8 +109,9 @@ static struct node *node_alloc(uint64_t id, unsigned level) {
   return node;
 }
 
-int node_get(struct tp_pool *pool, uint64_t id, struct node **out) {
+int node_look(struct tp_pool *pool, uint64_t id, struct node **out, bool *temporary) {
   struct node *node = as_node(cache_find(pool, TP_NODE, id));
+  *temporary = node == NULL;
   if (node == NULL) {
     node = node_alloc(id, 0);
     int rc = decode(pool, id, node);
@@ -118,10 +119,16 @@ int node_get(struct tp_pool *pool, uint64_t id, struct node **out) {
       node_free(node);
       return rc;
     }
-    cache_insert(pool, &node->rec);
   }
   *out = node;
   return TP_OK;
+}
+
+int node_get(struct tp_pool *pool, uint64_t id, struct node **out) {
+  bool temporary;
+  int rc = node_look(pool, id, out, &temporary);
+  if (rc == TP_OK && temporary) cache_insert(pool, &(*out)->rec);
+  return rc;
 }
 
 void node_encode(struct tp_pool *pool, struct node *node) {

@@ -2,8 +2,9 @@
  *
  * A leaf (level 0) maps 256 chunks of a layer. An entry is 0 (nothing mapped), a chunk number + 1 ("whole"), or a
  * split: one such number per 4 KiB block. An entry of an inner node is a child's node id, or 0.
- * A node changes only while one layer owns it: its count is 1, and so is that of each node above it. The owner's
- * lock and the pool's mutex are both held then, so either is enough for reading.
+ * What a node maps changes only while one layer owns it: its count is 1, and so is that of each node above it. The owner's
+ * lock and the pool's mutex are both held then, so either is enough for reading. In which chunks the bytes lie may change under the mutex
+ * alone (pool.h).
  */
 #ifndef TP_NODE_H
 #define TP_NODE_H
@@ -29,11 +30,16 @@ struct node {
   uint64_t entry[FANOUT];
 };
 
+/* An entry of a leaf, or a number in a split, where the mutex is not held. */
+static inline uint64_t entry_read(const uint64_t *entry) { return __atomic_load_n(entry, __ATOMIC_ACQUIRE); }
+
 static inline bool entry_is_split(uint64_t entry) { return (entry & SPLIT_BIT) != 0; }
 static inline struct split *entry_split(uint64_t entry) { return (struct split *)(uintptr_t)(entry & ~SPLIT_BIT); }
 static inline uint64_t split_entry(struct split *split) { return (uint64_t)(uintptr_t)split | SPLIT_BIT; }
 
 int node_get(struct tp_pool *pool, uint64_t id, struct node **out);
+/* To look at it once: where it is not in memory it does not come there, and *temporary says that the caller frees it. */
+int node_look(struct tp_pool *pool, uint64_t id, struct node **out, bool *temporary);
 struct node *node_create(struct tp_pool *pool, unsigned level); /* a new id, count 1, dirty */
 /* A copy with an id of its own: every child or chunk gets one reference more, and src one less. */
 int node_copy(struct tp_pool *pool, struct node *src, struct node **out);

@@ -55,7 +55,16 @@ static int file_resize(void *ctx, uint64_t length) {
   return rc < 0 ? -errno : 0;
 }
 
-static const tp_disk file_disk = {NULL, file_pread, file_pwrite, file_punch, file_sync, file_resize, file_size};
+static int file_cut(void *ctx, uint64_t length) {
+  int64_t now = file_size(ctx);
+  if (now < 0 || (uint64_t)now <= length) return now < 0 ? (int)now : 0;
+  int fd = ((struct file_disk *)ctx)->fd, rc;
+  do rc = ftruncate(fd, (off_t)length);
+  while (rc < 0 && errno == EINTR);
+  return rc < 0 ? -errno : 0;
+}
+
+static const tp_disk file_disk = {NULL, file_pread, file_pwrite, file_punch, file_sync, file_resize, file_size, file_cut};
 
 /* --- opening --- */
 
@@ -102,6 +111,7 @@ static void destroy(tp_pool *pool) {
   pthread_cond_destroy(&pool->work);
   pthread_mutex_destroy(&pool->mutex);
   pthread_mutex_destroy(&pool->resizing);
+  pthread_mutex_destroy(&pool->compacting);
   pthread_mutex_destroy(&pool->syncing);
   pthread_mutex_destroy(&pool->limiting);
   pthread_cond_destroy(&pool->limits_changed);
@@ -111,6 +121,7 @@ static void destroy(tp_pool *pool) {
 static void init_locks(tp_pool *pool) {
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_mutex_init(&pool->resizing, NULL);
+  pthread_mutex_init(&pool->compacting, NULL);
   pthread_mutex_init(&pool->syncing, NULL);
   pthread_mutex_init(&pool->limiting, NULL);
   pthread_cond_init(&pool->committed, NULL);
@@ -187,6 +198,12 @@ static void drain(tp_pool *pool, tp_layer **layers, size_t count, bool closing) 
   }
 }
 
+/* Once it sees that the pool stops it changes nothing more, and ends; until then it needs the pool as it is. */
+static void await_compaction(tp_pool *pool) {
+  pthread_mutex_lock(&pool->compacting);
+  pthread_mutex_unlock(&pool->compacting);
+}
+
 static void put_all(tp_layer **layers, size_t count) {
   for (size_t k = 0; k < count; k++) tp_layer_put(layers[k]);
   free(layers);
@@ -200,6 +217,7 @@ void tp_pool_stop(tp_pool *pool) {
   tp_layer **layers = all_layers(pool, &count);
   pthread_cond_broadcast(&pool->work);
   pthread_mutex_unlock(&pool->mutex);
+  await_compaction(pool);
   drain(pool, layers, count, false);
   put_all(layers, count);
 }
@@ -228,6 +246,7 @@ void tp_pool_close(tp_pool *pool) {
   pthread_cond_broadcast(&pool->work);
   pthread_cond_broadcast(&pool->committed);
   pthread_mutex_unlock(&pool->mutex);
+  await_compaction(pool);
   if (!was_closed) {
     drain(pool, layers, count, true);
     pthread_mutex_lock(&pool->mutex);

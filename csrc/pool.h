@@ -5,7 +5,10 @@
  *      lasts. Exclusive: everything that changes the layer's map or state. So whoever holds it exclusively knows
  *      that no I/O on what the map named before is under way any more (I4). Two at once: in the order of addresses.
  *   2. pool.mutex: counts, space, cache, nodes, transactions. Never held during data I/O or a sync.
- * Callbacks: fetch is called under both; commit and extend_window under none.
+ * Callbacks: fetch is called under both; commit and extend_window under none of them.
+ *
+ * One thing about a map changes under the mutex alone: in which chunk its bytes lie (compact.c). Who looks at an entry without the mutex
+ * reads each number in it once (entry_read, split_chunk_at), and what it finds holds the bytes until its layer's lock is given up.
  */
 #ifndef TP_POOL_H
 #define TP_POOL_H
@@ -53,6 +56,8 @@ struct tp_layer {
 struct tp_pool {
   pthread_mutex_t mutex;
   pthread_mutex_t resizing; /* one tp_layer_resize at a time; taken before all others */
+  pthread_mutex_t compacting; /* a step of a compaction: taken before all others, and by whoever stops or closes the pool */
+  bool compacted;             /* there is a compaction; under the mutex */
   pthread_cond_t committed; /* a commit ended */
   pthread_cond_t work;      /* for tp_wait_work */
   tp_options options;

@@ -20,6 +20,7 @@ static void clear_busy(struct page *page, unsigned i) {
 static void set_free(struct tp_pool *pool, struct page *page, unsigned i) {
   assert(page->value[i] < CHUNK_ONE && !bit_get(page->busy, i)); /* I3, I4 */
   if (!page->in_window || bit_get(page->free, i)) return;
+  if (!space_is_below_ceiling(&pool->space, page->rec.key * PAGE_VALUES + i)) return;
   bit_set(page->free, i);
   page->free_count++;
   pool->space.window_free++;
@@ -161,7 +162,31 @@ void space_freed(struct tp_pool *pool, struct page *page, unsigned i) {
   set_busy(page, i);
   pool->space.pending++;
   pool->space.freed_now++;
-  run_add(&pool->space.freed[pool->txn & 1], page->rec.key * PAGE_VALUES + i);
+  run_add(bit_get(page->moving, i) ? &pool->space.moved : &pool->space.freed[pool->txn & 1], page->rec.key * PAGE_VALUES + i);
+}
+
+void space_begin_move(struct tp_pool *pool, uint64_t chunk) {
+  struct page *page = page_loaded(pool, TP_CHUNK_PAGE, chunk);
+  assert(page->value[place(chunk)] >= CHUNK_ONE && !bit_get(page->moving, place(chunk)));
+  bit_set(page->moving, place(chunk));
+  page->rec.pins++;
+}
+
+void space_end_move(struct tp_pool *pool, uint64_t chunk) {
+  struct page *page = page_loaded(pool, TP_CHUNK_PAGE, chunk);
+  assert(bit_get(page->moving, place(chunk)));
+  bit_clear(page->moving, place(chunk));
+  page->rec.pins--;
+}
+
+void space_release_moved(struct tp_pool *pool) {
+  struct run_list *moved = &pool->space.moved;
+  for (size_t k = 0; k < moved->count; k++) {
+    for (uint64_t n = 0; n < moved->items[k].count; n++) run_add(&pool->space.freed[pool->txn & 1], moved->items[k].first + n);
+    pool->state_dirty = true; /* a transaction that is stored, or its number would say nothing of readers */
+  }
+  free(moved->items);
+  *moved = (struct run_list){0};
 }
 
 static void release_runs(struct tp_pool *pool, struct run_list *runs) {
@@ -276,6 +301,7 @@ void space_free(struct tp_pool *pool) {
   struct space *space = &pool->space;
   free(space->freed[0].items);
   free(space->freed[1].items);
+  free(space->moved.items);
   for (size_t k = 0; k < space->held_count; k++) free(space->held[k].runs.items);
   free(space->held);
   free(space->window);

@@ -11,6 +11,9 @@
  *                                 | space_untake: dirty                                | commit durable, no older reader
  *                                 v                                                    v
  *                               dirty -------------------- tp_punch ----------------> clean
+ *
+ * While a pool is compacted nothing is handed out from its ceiling on. What is freed while it moves stays busy until no I/O can
+ * still be reading it (space_release_moved), and then waits for a commit like all else.
  */
 #ifndef TP_SPACE_H
 #define TP_SPACE_H
@@ -52,6 +55,9 @@ struct space {
   uint64_t freed_now;            /* chunks in that of the open transaction */
   struct held_runs *held;
   size_t held_count;
+  uint64_t ceiling;              /* chunks from here on are not handed out; 0: there is none */
+  struct run_list moved;         /* freed while they were moving */
+  uint64_t cut_txn, cut_store;   /* the transaction with which the file may be cut, and the store's number of it; 0: none, or not durable yet */
 };
 
 /* Takes a free chunk, the one after `hint` if it can. Dirty ones hold old bytes: *dirty. TP_NEED_WINDOW: see above. */
@@ -63,6 +69,15 @@ void space_untake(struct tp_pool *pool, uint64_t chunk); /* nothing came of it; 
 void space_set_value(struct tp_pool *pool, struct page *page, unsigned i, uint32_t value); /* keeps the totals */
 void space_freed(struct tp_pool *pool, struct page *page, unsigned i); /* count fell to 0 */
 void space_release(struct tp_pool *pool, unsigned parity, uint64_t store_txn, uint64_t oldest_reader);
+void space_begin_move(struct tp_pool *pool, uint64_t chunk); /* page loaded, and from then on pinned */
+void space_end_move(struct tp_pool *pool, uint64_t chunk);
+void space_release_moved(struct tp_pool *pool); /* nothing moves any more, and no I/O that began before is under way */
+void space_set_ceiling(struct tp_pool *pool, uint64_t ceiling);
+static inline bool space_is_below_ceiling(const struct space *space, uint64_t chunk) {
+  return space->ceiling == 0 || chunk < space->ceiling;
+}
+/* The file is as long as its pages in use once that is durable, and nobody looks at a longer one. */
+void space_cut_file(struct tp_pool *pool, uint64_t txn, uint64_t store_txn, uint64_t oldest_reader);
 int space_open_window(struct tp_pool *pool); /* after a crash: what the stored window covers is dirty */
 void space_free(struct tp_pool *pool);
 bool space_window_is_low(const struct tp_pool *pool); /* extend it soon, so that nobody has to wait */

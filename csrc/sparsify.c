@@ -19,7 +19,7 @@ static int find_zeros(struct io *io, uint64_t index, uint8_t *buf, struct zeros 
   *found = (struct zeros){0};
   int rc = io_find_leaf(io, index, 0, 0, true, &leaf);
   uint64_t offset = index << pool->chunk_shift, size = io->layer->size;
-  uint64_t entry = rc != TP_OK || leaf == NULL ? 0 : leaf->entry[index % FANOUT];
+  uint64_t entry = rc != TP_OK || leaf == NULL ? 0 : entry_read(&leaf->entry[index % FANOUT]);
   if (rc != TP_OK || entry == 0 || offset >= size) return rc;
   uint64_t length = min_u64(chunk_size(pool), size - offset);
   if ((rc = io_read(io, buf, length, offset)) != TP_OK) return rc;

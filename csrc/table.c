@@ -113,7 +113,7 @@ uint64_t count_down(struct tp_pool *pool, uint32_t kind, uint64_t item) {
 bool count_is_mine(struct tp_pool *pool, uint32_t kind, uint64_t item) {
   struct page *page = page_loaded(pool, kind, item);
   unsigned i = slot_in_page(item);
-  if (page->value[i] != (kind == TP_CHUNK_PAGE ? (uint32_t)CHUNK_ONE : 1u)) return false;
+  if (page->value[i] != (kind == TP_CHUNK_PAGE ? (uint32_t)CHUNK_ONE : 1u) || bit_get(page->moving, i)) return false;
   if (kind == TP_CHUNK_PAGE && (!checksum_is_loaded(page, i) || checksum_get(page, i) != 0)) return false; /* not loaded: the split's record lies */
   for (int parity = 0; parity < 2; parity++) {
     if (page->unshared[parity] != NULL && bit_get(page->unshared[parity], i)) return false;

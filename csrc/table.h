@@ -28,6 +28,7 @@ struct page {
   uint64_t free[PAGE_WORDS];
   unsigned busy_count, free_count;
   bool in_window;
+  uint64_t moving[PAGE_WORDS]; /* chunk pages: compact.c is copying them. Each one pins the page */
   struct page *summary; /* pinned for good once loaded: there are few */
   struct checksums *sums[CHECKSUM_RECORDS]; /* checksum.h; NULL: no chunk of these has any, if loaded */
   uint8_t sums_loaded;                      /* a bit for each record */
@@ -49,7 +50,7 @@ void count_up(struct tp_pool *pool, uint32_t kind, uint64_t item);
 /* Returns the count that is left. A chunk whose count falls to 0 is freed with the open transaction's commit. What has none left
  * puts the pool into error mode, and keeps none. */
 uint64_t count_down(struct tp_pool *pool, uint32_t kind, uint64_t item);
-/* True if item has one owner now, and had no other in the last committed state; a chunk also no checksum, then nor now. Page loaded. */
+/* True if item has one owner now, had no other in the last committed state, and does not move; a chunk also no checksum, then nor now. Page loaded. */
 bool count_is_mine(struct tp_pool *pool, uint32_t kind, uint64_t item);
 void page_set_unshared(struct tp_pool *pool, struct page *page, unsigned i); /* until the open transaction is durable, which has changed the page */
 

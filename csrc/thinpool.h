@@ -58,6 +58,7 @@ typedef struct {
   int (*sync)(void *ctx);
   int (*resize)(void *ctx, uint64_t length); /* grows the file, sparse; never shrinks it */
   int64_t (*size)(void *ctx);
+  int (*cut)(void *ctx, uint64_t length); /* shortens the file, if it is longer: what is cut off reads as zeros */
 } tp_disk;
 
 typedef struct {
@@ -255,6 +256,20 @@ int tp_wait_work(tp_pool *pool, int timeout_ms);
 void tp_wake(tp_pool *pool);
 int tp_reclaim(tp_pool *pool, uint64_t budget);  /* walks up to budget entries of deleted maps; 1: more to do */
 int tp_punch(tp_pool *pool, uint64_t budget);    /* punches up to budget bytes of free chunks; 1: more to do */
+
+/* --- compaction: chunks move down in the data file, so that its end can be given up. Layers are read, written, made and deleted meanwhile.
+ *     One at a time. --- */
+typedef struct tp_compaction tp_compaction;
+/* ceiling: chunks from here on are to be empty, and are not handed out until tp_compact_end; 0: as few pages as hold all that there is. *total:
+ * how many chunks are to move. TP_EINVAL: there is one already. */
+int tp_compact_begin(tp_pool *pool, uint64_t ceiling, tp_compaction **out, uint64_t *total);
+int tp_compact_step(tp_compaction *compaction, uint64_t *moved); /* a bounded part, committed; 1: more to do. *moved: chunks by now */
+void tp_compact_end(tp_compaction *compaction);
+int tp_shrink(tp_pool *pool); /* gives up the pages at the end that are clean; the file is cut with a commit from now on. 1: there were some */
+/* Entries that are split over several chunks which nobody else has: their blocks come to lie in one. A bounded part from *cursor on; 1: more to
+ * do. *merged grows by the entries. Maps that layers share are left as they are. */
+int tp_layer_merge(tp_layer *layer, uint64_t *cursor, uint64_t *merged);
+
 /* The record to store under (TP_STATE, 2) so that more clean chunks may be handed out; then tp_window_activate. */
 int tp_window_plan(tp_pool *pool, const uint8_t **record, uint64_t *length);
 int tp_window_activate(tp_pool *pool);

@@ -113,6 +113,7 @@ int tp_release(tp_pool *pool, uint64_t store_txn, uint64_t oldest_reader) {
   for (size_t k = 0; k < pool->frozen.count; k++) release_record(pool->frozen.items[k], txn & 1);
   pool->frozen.count = 0;
   space_release(pool, txn & 1, store_txn, oldest_reader);
+  space_cut_file(pool, txn, store_txn, oldest_reader);
   pool->durable_txn = txn;
   redo_release(pool, txn);
   pool->freezing = false;

@@ -1,4 +1,4 @@
-/* window.c - the allocation window: planning, storing and activating it, and what a crash makes of it. */
+/* window.c - the allocation window: planning, storing and activating it, and what a crash makes of it; and how the data file gets shorter. */
 #include "pool.h"
 
 #define WINDOW_BYTES ((uint64_t)1 << 30)
@@ -28,11 +28,13 @@ static bool is_planned(const struct space *space, const struct page *page) {
   return false;
 }
 
-static unsigned page_usable(const struct page *page) {
+static bool is_usable(const struct space *space, const struct page *page, unsigned i) {
+  return page->value[i] < CHUNK_ONE && !bit_get(page->busy, i) && space_is_below_ceiling(space, page->rec.key * PAGE_VALUES + i);
+}
+
+static unsigned page_usable(const struct space *space, const struct page *page) {
   unsigned usable = 0;
-  for (unsigned i = 0; i < PAGE_VALUES; i++) {
-    if (page->value[i] < CHUNK_ONE && !bit_get(page->busy, i)) usable++;
-  }
+  for (unsigned i = 0; i < PAGE_VALUES; i++) usable += is_usable(space, page, i);
   return usable;
 }
 
@@ -43,13 +45,14 @@ static int plan_old_pages(struct tp_pool *pool, uint64_t target, unsigned least,
     if (space->scan_cursor >= space->pages) space->scan_cursor = 0;
     uint64_t index = space->scan_cursor;
     struct page *page;
+    if (!space_is_below_ceiling(space, index * PAGE_VALUES)) continue;
     int rc = page_get(pool, TP_SUMMARY, index / PAGE_VALUES, &page);
     if (rc != TP_OK) return rc;
     uint32_t summary = page->value[index % PAGE_VALUES];
     if ((summary & 0xffff) + (summary >> 16) < least) continue;
     if ((rc = page_get(pool, TP_CHUNK_PAGE, index, &page)) != TP_OK) return rc;
     if (is_planned(space, page)) continue;
-    unsigned usable = page_usable(page);
+    unsigned usable = page_usable(space, page);
     if (usable < least) continue;
     plan_add(space, page);
     *planned_free += usable;
@@ -79,6 +82,16 @@ static int plan_new_pages(struct tp_pool *pool, uint64_t target, uint64_t *plann
   return TP_OK;
 }
 
+/* Nothing is free below the ceiling: somebody needs the room that a compaction wants to give up. */
+static int plan_higher(struct tp_pool *pool, uint64_t target, uint64_t *planned_free) {
+  struct space *space = &pool->space;
+  space->ceiling += WINDOW_PAGES_MIN * PAGE_VALUES;
+  if (space->ceiling >= space->pages * PAGE_VALUES) space->ceiling = 0;
+  for (size_t k = 0; k < space->planned_count; k++) *planned_free += page_usable(space, space->planned[k]);
+  int rc = plan_old_pages(pool, target, 1, planned_free);
+  return rc == TP_OK && space->ceiling == 0 ? plan_new_pages(pool, target, planned_free) : rc;
+}
+
 static void drop_plan(struct space *space) {
   for (size_t k = 0; k < space->planned_count; k++) space->planned[k]->rec.pins--;
   free(space->planned);
@@ -102,8 +115,9 @@ int tp_window_plan(tp_pool *pool, const uint8_t **record, uint64_t *length) {
     planned_free += page->free_count;
   }
   int rc = plan_old_pages(pool, target, PAGE_VALUES / 8, &planned_free);
-  if (rc == TP_OK) rc = plan_new_pages(pool, target, &planned_free);
+  if (rc == TP_OK && space->ceiling == 0) rc = plan_new_pages(pool, target, &planned_free);
   if (rc == TP_OK && planned_free < target) rc = plan_old_pages(pool, target, 1, &planned_free);
+  while (rc == TP_OK && planned_free == 0 && space->ceiling != 0) rc = plan_higher(pool, target, &planned_free);
   if (rc == TP_OK && planned_free == 0) rc = tp_error_set(TP_ENOSPC);
   if (rc == TP_OK) {
     struct bytes *out = &space->plan_record;
@@ -120,6 +134,27 @@ int tp_window_plan(tp_pool *pool, const uint8_t **record, uint64_t *length) {
   cache_trim(pool, NULL);
   pthread_mutex_unlock(&pool->mutex);
   return rc;
+}
+
+/* What of the page may be handed out. */
+static void offer(struct space *space, struct page *page) {
+  space->window_free -= page->free_count;
+  page->free_count = 0;
+  memset(page->free, 0, sizeof page->free);
+  for (unsigned i = 0; i < PAGE_VALUES; i++) {
+    if (is_usable(space, page, i)) bit_set(page->free, i), page->free_count++;
+  }
+  space->window_free += page->free_count;
+}
+
+void space_set_ceiling(struct tp_pool *pool, uint64_t ceiling) {
+  struct space *space = &pool->space;
+  space->ceiling = ceiling;
+  for (size_t k = 0; k < space->window_count; k++) {
+    if (space->window[k]->in_window) offer(space, space->window[k]); /* else it is about to leave */
+  }
+  space->window_full = space->window_free;
+  space->cursor = 0;
 }
 
 /* Makes the planned pages the window. The stored record covers them already. */
@@ -141,10 +176,7 @@ static void activate(struct tp_pool *pool) {
   for (size_t k = 0; k < space->window_count; k++) {
     struct page *page = space->window[k];
     page->in_window = true;
-    for (unsigned i = 0; i < PAGE_VALUES; i++) {
-      if (page->value[i] < CHUNK_ONE && !bit_get(page->busy, i)) bit_set(page->free, i), page->free_count++;
-    }
-    space->window_free += page->free_count;
+    offer(space, page);
   }
   space->window_full = space->window_free;
   for (size_t k = 0; k < old_count; k++) old[k]->rec.pins--;
@@ -200,4 +232,51 @@ int space_open_window(struct tp_pool *pool) {
   if (rc == TP_OK) activate(pool);
   else drop_plan(&pool->space);
   return rc;
+}
+
+/* --- a shorter file --- */
+
+/* All of the page is clean, as the store has it; and nobody needs it, so that no stored window names it either. */
+static bool is_unused(struct tp_pool *pool, uint64_t index, struct page *summary) {
+  if (summary->value[index % PAGE_VALUES] != PAGE_VALUES) return false;
+  struct page *page = as_page(cache_find(pool, TP_CHUNK_PAGE, index));
+  return page == NULL || (page->rec.pins == 0 && !record_is_newer(&page->rec));
+}
+
+static uint64_t length_in_use(const struct tp_pool *pool) { return pool->space.pages * PAGE_VALUES << pool->chunk_shift; }
+
+/* What is clean reads as zeros, on the disk too. So it does not matter whether the file is cut, now, later or never: whoever uses these pages
+ * again finds zeros. */
+int tp_shrink(tp_pool *pool) {
+  struct space *space = &pool->space;
+  uint64_t before;
+  pthread_mutex_lock(&pool->mutex);
+  int rc = pool_check_change(pool);
+  for (before = space->pages; rc == TP_OK && space->pages > 0; space->pages--) {
+    struct page *summary;
+    uint64_t last = space->pages - 1;
+    rc = page_get(pool, TP_SUMMARY, last / PAGE_VALUES, &summary);
+    if (rc != TP_OK || !is_unused(pool, last, summary)) break;
+    record_touch(pool, &summary->rec);
+    summary->value[last % PAGE_VALUES] = 0;
+  }
+  int64_t size = rc == TP_OK ? pool->disk.size(pool->disk.ctx) : 0;
+  if (rc == TP_OK && size < 0) rc = tp_error_os(size);
+  if (rc == TP_OK && (uint64_t)size > length_in_use(pool)) {
+    space->cut_txn = pool->txn, space->cut_store = 0;
+    pool->state_dirty = true;
+  }
+  bool shrunk = space->pages < before;
+  pthread_mutex_unlock(&pool->mutex);
+  return rc == TP_OK ? shrunk : rc;
+}
+
+/* Mutex held. Should it fail, the file is longer than it need be. */
+void space_cut_file(struct tp_pool *pool, uint64_t txn, uint64_t store_txn, uint64_t oldest_reader) {
+  struct space *space = &pool->space;
+  if (space->cut_txn == 0 || space->cut_txn > txn) return;
+  if (space->cut_store == 0) space->cut_store = store_txn;
+  if (space->cut_store > oldest_reader) return;
+  space->cut_txn = 0;
+  (void)pool->disk.cut(pool->disk.ctx, length_in_use(pool));
 }

@@ -143,9 +143,10 @@ unsigned replace_entry(tp_layer *layer, struct node *leaf, unsigned i, uint64_t 
   return freed;
 }
 
-static int name_target(tp_layer *layer, uint64_t index, const struct target *t, unsigned offset, unsigned length) {
+static int name_target(tp_layer *layer, uint64_t index, struct target *t, unsigned offset, unsigned length) {
   struct tp_pool *pool = layer->pool;
-  int rc = entry_load_counts(pool, t->entry); /* they may have been trimmed meanwhile */
+  t->entry = t->leaf->entry[t->i]; /* its chunks may have moved meanwhile (compact.c); never the target, which is ours alone */
+  int rc = entry_load_counts(pool, t->entry); /* they may have been trimmed */
   if (rc != TP_OK) return rc;
   unsigned first = offset / TP_BLOCK, last = (offset + length - 1) / TP_BLOCK;
   if (t->fresh) {

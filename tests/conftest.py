@@ -52,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--server-kills", type=int, default=6, help="kills of the server in each test of tests/test_survival.py that loads it")
     parser.addoption("--damage-rounds", type=int, default=1, help="times that each kind of damage is done, from another seed each")
     parser.addoption("--api-examples", type=int, default=6, help="requests of each kind to each route in tests/test_api_schema.py")
+    parser.addoption("--compact-rounds", type=int, default=300, help="operations of each thread in tests/test_compact.py while all chunks move")
     parser.addoption("--fuzz-examples", type=int, default=200, help="conversations in tests/test_nbd_negotiation.py, twice")
 
 
@@ -68,6 +69,11 @@ def crash_cuts(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def damage_rounds(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--damage-rounds"))
+
+
+@pytest.fixture
+def compact_rounds(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--compact-rounds"))
 
 
 @pytest.fixture

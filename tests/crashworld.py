@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thinpool.engine import NO_READER, Record, _ffi
+from thinpool.engine import NO_READER, Record, _ffi, is_zero
 from thinpool.errors import DiskError
 from thinpool.metadata import DOCUMENT, LAYER, frame
 from thinpool.pool import Pool
@@ -41,7 +41,7 @@ class Disk:
         self._durable, self._seen = (memoryview(mmap.mmap(-1, DISK_BYTES)) for _ in range(2))
         self._unsynced: list[tuple[int, bytes | int]] = []  # offset and data, or the length of a punch
         self._touched: list[slice] = []  # where the two may differ, or did since the power was last gone
-        self._length = self._durable_length = 0
+        self._length = self._durable_length = self._written_to = 0
         signatures = {
             "pread": "int64_t(void *, void *, uint64_t, uint64_t)",
             "pwrite": "int64_t(void *, const void *, uint64_t, uint64_t)",
@@ -49,6 +49,7 @@ class Disk:
             "sync": "int(void *)",
             "resize": "int(void *, uint64_t)",
             "size": "int64_t(void *)",
+            "cut": "int(void *, uint64_t)",
         }
         self.operations = _ffi.new("tp_disk *")
         self._keep = {name: _ffi.callback(signature, getattr(self, f"_{name}"), error=-EIO) for name, signature in signatures.items()}
@@ -77,6 +78,7 @@ class Disk:
         def effect() -> None:
             self._touched.append(self._apply(self._seen, offset, what))
             self._unsynced.append((offset, what))
+            self._written_to = max(self._written_to, offset + result)
 
         return result if self._world.step(effect) else -EIO
 
@@ -92,6 +94,16 @@ class Disk:
     def _resize(self, _: Any, length: int) -> int:
         def effect() -> None:
             self._length = max(self._length, length)
+
+        return 0 if self._world.step(effect) else -EIO
+
+    def _cut(self, _: Any, length: int) -> int:
+        """What is cut off must be zeros already, durable ones: the power may go before the cut is."""
+
+        def effect() -> None:
+            end = max(self._written_to, length)
+            self._world.lost_by_cuts |= not all(is_zero(content[length:end]) for content in (self._durable, self._seen))
+            self._length = min(self._length, length)
 
         return 0 if self._world.step(effect) else -EIO
 
@@ -220,6 +232,7 @@ class World:
         self.dark = False
         self.verify_reads = False
         self.steps = 0
+        self.lost_by_cuts = False  # the file was made shorter than what it held
         self._cut_at: int | None = None
         self.disk = Disk(self)
         self.records = Records(self, chunk_size)

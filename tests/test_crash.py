@@ -20,6 +20,7 @@ from commandline import wait_until
 from crashworld import GARBAGE, World
 
 from thinpool import Policy
+from thinpool.compacting import merge_all, move_down
 from thinpool.digests import make_one
 from thinpool.engine import _ffi
 from thinpool.errors import OutOfSpace, PoolFailed, ThinpoolError
@@ -117,7 +118,7 @@ class Workload:
             (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
             (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
             (self.rename, 1), (self.copy, 2), (self.sparsify, 4), (self.throw_away, 2), (self.take_back, 2),
-            (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1), (self.checksum, 5),
+            (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1), (self.checksum, 5), (self.compact, 3),
         ]  # fmt: skip
         self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
         self._forget_emptied()
@@ -255,6 +256,12 @@ class Workload:
             name = self.rng.choice(sealed)
             self.pool.layer(name).handle.checksum(0, len(self.now[name].data))
 
+    def compact(self) -> None:
+        """Split entries are merged, and chunks move below some place that may be too low for all that there is."""
+        merge_all([layer.handle for layer in self.pool.layers()], lambda *_: None)
+        ceiling = self.rng.randrange(1, self.pool.engine.info().allocated_chunks * 3 // 2 + 2)
+        move_down(self.pool.engine, self.pool._committer, lambda *_: None, ceiling)
+
     def delete(self) -> None:
         if (name := self._pick()) is not None:
             self.pool.layer(name).delete()
@@ -357,6 +364,7 @@ class Workload:
     def crash(self) -> None:
         """The power is gone: a new process finds what is left, and all of it is right."""
         self.pool.engine.close()
+        assert not self.world.lost_by_cuts
         self.world.reboot()
         invariants.check(self.world.records.of_kind, self.chunk_size, self.world.disk.read)  # I5: without repair
         self._open()
@@ -423,7 +431,8 @@ def test_random_cuts(tmp_path: Path, seed: int, crash_cuts: int) -> None:
 SCRIPT = """
 create create write write write flush snapshot checksum write clone write write discard flush delete reclaim flush punch write
 write reset write flush delete reclaim extend write punch flush write clone discard resize seal flush delete reclaim flush
-write snapshot copy checksum flush write delete reclaim write flush write sparsify write sparsify flush punch sparsify write flush
+write snapshot copy checksum flush write delete reclaim compact write flush write delete compact flush
+write checksum sparsify write sparsify flush punch compact sparsify write flush
 throw_away flush take_back throw_away set_policy flush set_capacity write look write empty_trash flush set_capacity write write flush
 """
 

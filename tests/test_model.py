@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from thinpool import Delta, Extent, LayerExists, LayerSealed, LayerState, OutOfRange, OutOfSpace, Pool, delta
+from thinpool.compacting import merge_all, move_down
 
 BLOCK = 4096
 ZERO = bytes(BLOCK)
@@ -424,6 +425,14 @@ class Model(RuleBasedStateMachine):
         if not self.layers:
             assert self.pool.usage().allocated == 0
             assert self.pool.engine.info().dirty_chunks == 0
+
+    @rule(ceiling=st.integers(0, 60))
+    def compact(self, ceiling: int) -> None:
+        merge_all([layer.handle for layer in self.pool.layers()], lambda *_: None)
+        move_down(self.pool.engine, self.pool._committer, lambda *_: None, ceiling)
+        self.commit()
+        size, usage = (self.directory / "pool" / "data").stat().st_size, self.pool.usage()
+        assert usage.allocated <= size == self.pool.engine.info().data_bytes
 
     @rule(chunks=st.sampled_from((0, 8, 30)))
     def capacity(self, chunks: int) -> None:

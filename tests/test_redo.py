@@ -18,6 +18,7 @@ import invariants
 import pytest
 
 from thinpool import Pool
+from thinpool.compacting import merge_all, move_down
 
 BLOCK = 4096
 CHUNK = 4 * BLOCK
@@ -66,7 +67,7 @@ def random_step(rng: random.Random) -> Step:
     offset = rng.randrange(0, SIZE - length)
     if rng.random() < 0.5:
         offset -= offset % BLOCK
-    verb = rng.choices(("write", "discard", "snapshot", "delete", "commit", "reclaim", "digest"), (60, 20, 6, 4, 4, 2, 3))[0]
+    verb = rng.choices(("write", "discard", "snapshot", "delete", "commit", "reclaim", "digest", "compact"), (60, 20, 6, 4, 4, 2, 3, 2))[0]
     return verb, rng.choice(NAMES), offset, length, rng.randrange(1, 256)
 
 
@@ -86,6 +87,9 @@ def do(pool: Pool, step: Step, serial: int) -> None:
         pool.commit()
     elif verb == "digest":
         pool.compute_digests()
+    elif verb == "compact":
+        merge_all([one.handle for one in pool.layers()], lambda *_: None)
+        move_down(pool.engine, pool._committer, lambda *_: None, offset % (pool.engine.info().allocated_chunks * 3 // 2) + 1)
     else:
         pool.reclaim()
 
@@ -280,3 +284,59 @@ def test_layers_made_since_the_commit_are_gone_whole(pool_path: Path, redo: int)
     with Pool.open(pool_path, redo=redo) as pool:
         assert [layer.name for layer in pool.layers()] == ["disk"]
         assert pool.layer("disk").pread(70000, 0) == b"2" * 5000 + b"1" * 65000
+
+
+def test_a_move_that_was_not_committed_loses_no_write(pool_path: Path, redo: int) -> None:
+    """What is written to a chunk after it has moved is not in the old place, where whoever comes next looks for the rest."""
+    with Pool.create(pool_path) as pool:
+        pool.create_layer("gone", "1M").pwrite(b"g" * (1 << 20), 0)
+        pool.create_layer("disk", "1M").pwrite(b"1" * 131072, 0)
+        pool.layer("gone").delete()
+        pool.reclaim()
+
+    def work(pool: Pool) -> None:
+        disk = pool.layer("disk")
+        before = disk.handle.chunk_at(0)
+
+        def die() -> None:
+            assert disk.handle.chunk_at(0) != before
+            disk.pwrite(b"2" * 5000, 100)
+            disk.pwrite(b"3" * 4096, 8192)
+            disk.discard(65536, 4096)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        pool._committer.commit = die  # type: ignore[method-assign]
+        move_down(pool.engine, pool._committer, lambda *_: None, 16)
+
+    killed(pool_path, redo, work)
+    with Pool.open(pool_path, redo=redo) as pool:
+        data = pool.layer("disk").pread(131072, 0)
+        assert data == b"1" * 100 + b"2" * 5000 + b"1" * 3092 + b"3" * 4096 + b"1" * (65536 - 12288) + bytes(4096) + b"1" * 61440
+    with Pool.open(pool_path, background=False) as pool:
+        invariants.check(pool._store.records, pool.chunk_size)
+
+
+def test_blocks_that_were_put_together_are_written_in_place(pool_path: Path, redo: int) -> None:
+    """A merge is noted like any other write, for of what is written in place afterwards there is no note."""
+    with Pool.create(pool_path) as pool:
+        layer = pool.create_layer("disk", "64K")
+        layer.pwrite(b"0" * 65536, 0)
+        for number in range(1, 5):
+            layer.snapshot(f"s{number}")
+            layer.pwrite(str(number).encode() * 8192, number * 8192)
+        for number in range(2, 5):
+            pool.layer(f"s{number}").delete()
+        pool.reclaim()
+
+    def work(pool: Pool) -> None:
+        disk = pool.layer("disk")
+        assert merge_all([disk.handle], lambda *_: None) == 1
+        disk.pwrite(b"x" * 4096, 12288)  # to which there is a note, as the layer learns by it that the chunk is its own
+        before = pool.engine.info()
+        disk.pwrite(b"x" * 4096, 16384)
+        assert pool.engine.info().splits == before.splits  # in place
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed(pool_path, redo, work)
+    with Pool.open(pool_path, redo=redo) as pool:
+        assert pool.layer("disk").pread(65536, 0) == b"0" * 8192 + b"1" * 4096 + b"x" * 8192 + b"2" * 4096 + b"3" * 8192 + b"4" * 8192 + b"0" * 24576

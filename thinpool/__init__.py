@@ -13,6 +13,7 @@ from typing import Any
 from .api import (
     Attachment,
     Change,
+    Compacted,
     Container,
     ContainersAPI,
     Credentials,
@@ -97,6 +98,7 @@ __all__ = [
     "BadReference",
     "BadSize",
     "Change",
+    "Compacted",
     "Container",
     "ContainerNotFound",
     "ContainersAPI",

@@ -106,6 +106,19 @@ class PoolUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class Compacted:
+    """What a compaction did, in bytes (``merged``: split entries of maps that became one chunk's). ``moved``: data copied to another place; ``file_before``,
+    ``file_after``: the length of the data file; ``host_before``, ``host_after``: what that takes on the host's disk."""
+
+    moved: int
+    merged: int
+    file_before: int
+    file_after: int
+    host_before: int
+    host_after: int
+
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """A layer in use: its block device, and where it is mounted (``None``: not). ``owner`` is the pid whose end takes it
     down (0: it stays until detached), ``purpose`` one of ``attach``, ``mount``, ``run``; ``container`` a running container's name."""
@@ -348,6 +361,7 @@ class PoolAPI(Protocol):
     def nbd_addresses(self) -> Sequence[str]: ...
     def commit(self) -> None: ...
     def reclaim(self) -> None: ...
+    def compact(self, progress: Progress | None = None) -> Compacted: ...
     def compute_digests(self, progress: Progress | None = None) -> None: ...
     def close(self) -> None: ...
 

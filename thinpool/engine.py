@@ -170,6 +170,10 @@ class Engine:
             raise pending
         raise _ERRORS[rc](info, self._where(info)) from pending
 
+    def forget_callbacks(self) -> None:
+        """What a callback has raised in this thread is dealt with."""
+        self._raised.exception = None
+
     def _guarded(self, work: Callable[[], object]) -> int:
         """Runs a callback; what it raises is raised again by the call that is under way in this thread."""
         self._raised.exception = None

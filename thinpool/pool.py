@@ -24,6 +24,7 @@ from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, Progres
 from .catalog import PARTIAL_LABEL, TRASH_LABEL, Catalog, LayerRecord
 from .closing import open_pools
 from .commits import Committer, Fingerprints, Housekeeper, drain
+from .compacting import compact as compact_pool
 from .digests import Digester
 from .engine import Engine, EngineLayer
 from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
@@ -226,7 +227,7 @@ class Pool:
         """The data plane, for exports that serve layers from C."""
         return self._engine
 
-    usage, metrics = usage_of, measure
+    usage, metrics, compact = usage_of, measure, compact_pool
     set_capacity, policy, set_policy, events, set_limits = set_capacity, policy_of, set_policy, events_of, set_limits
 
     # --- layers ---

@@ -39,7 +39,8 @@ static void open_pool(struct scenario *scenario) {
 }
 
 static void *(*const ROLES[])(void *) = {run_writer, run_writer, run_reader,  run_reader,  run_brancher,
-                                         run_changer, run_walker, run_importer, run_merger, run_flusher, run_housekeeper};
+                                         run_changer, run_walker, run_importer, run_merger, run_flusher, run_housekeeper,
+                                         run_compactor, run_putter_together};
 enum { ROLE_COUNT = sizeof ROLES / sizeof *ROLES };
 
 static void run_threads(struct scenario *scenario, struct owner **owners, unsigned seconds) {
@@ -119,7 +120,8 @@ static void run(uint64_t chunk_size, uint64_t capacity, uint64_t seed, unsigned 
   for (unsigned k = 0; k < OWNERS; k++) owner_free(owners[k]);
   store_free(scenario.store);
   close(scenario.fd);
-  printf("stress: chunks of %lu bytes, %lu operations\n", chunk_size, (uint64_t)scenario.operations);
+  printf("stress: chunks of %lu bytes, %lu operations; %lu chunks moved, %lu entries merged\n", chunk_size, (uint64_t)scenario.operations,
+         (uint64_t)scenario.moved, (uint64_t)scenario.merged);
 }
 
 int main(int argc, char **argv) {

@@ -40,7 +40,7 @@ struct scenario {
   int fd;
   _Atomic bool stop;
   _Atomic uint64_t next_id;
-  _Atomic uint64_t operations;
+  _Atomic uint64_t operations, moved, merged; /* moved, merged: by compactions */
   struct slot owned[OWNERS], shared[SHARED];
 };
 
@@ -90,5 +90,9 @@ void *run_importer(void *worker);
 void *run_merger(void *worker);
 void *run_flusher(void *worker);
 void *run_housekeeper(void *worker);
+
+/* compactors.c */
+void *run_compactor(void *worker);
+void *run_putter_together(void *worker);
 
 #endif

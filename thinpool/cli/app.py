@@ -52,6 +52,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "repair": trust.repair,
         "restore-metadata": trust.restore_metadata,
         "trim": trust.trim,
+        "compact": space.compact,
         "dump": metadata.dump,
         "restore": metadata.restore,
         "pack": metadata.pack,

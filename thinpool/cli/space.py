@@ -1,4 +1,4 @@
-"""Verbs about space and speed: what layers may do, zeros that take space, and what happens as the pool fills up."""
+"""Verbs about space and speed: what layers may do, zeros that take space, what happens as the pool fills up, and a shorter data file."""
 
 from __future__ import annotations
 
@@ -96,3 +96,19 @@ def events(ctx: typer.Context, pool: options.Pool = None) -> None:
     with opened(ctx, pool, server=True) as p:
         for event in p.events():
             print(json.dumps(asdict(event)), flush=True)
+
+
+def compact(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool = None) -> None:
+    """Make the data file as short as its content allows, while the pool is in use.
+
+    JSON: moved (bytes copied to another place), merged (split entries that became one chunk's), file_before, file_after (length of the data
+    file), host_before, host_after (what it takes on the host's disk).
+    """
+    with opened(ctx, pool) as p, progress_bar("compacting") as progress:
+        done = p.compact(progress)
+    if as_json:
+        print_json(asdict(done))
+        return
+    print(f"{format_size(done.moved)} moved, {done.merged} split entries merged")
+    print(f"data file: {format_size(done.file_before)}, now {format_size(done.file_after)}")
+    print(f"on the host: {format_size(done.host_before)}, now {format_size(done.host_after)}")

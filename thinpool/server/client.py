@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from ..api import Attachment, Buffer, Event, Extent, LayerAPI, Limits, Policy, PoolUsage, Progress, Size, Sparsified, Usage, Via
+from ..api import Attachment, Buffer, Compacted, Event, Extent, LayerAPI, Limits, Policy, PoolUsage, Progress, Size, Sparsified, Usage, Via
 from ..metrics import PoolMetrics
 from .remote import RemoteContainers, RemoteImages, follow
 from .transport import Transport
@@ -154,6 +154,10 @@ class RemotePool:
     def reclaim(self) -> None:
         """Waits until the space of everything deleted is free and given back to the host."""
         self._transport.json("POST", "/pool/reclaim")
+
+    def compact(self, progress: Progress | None = None) -> Compacted:
+        """Makes the data file as short as its content allows, while all of it is in use. Raises OutOfSpace."""
+        return Compacted(**follow(self._transport.lines("POST", "/pool/compact"), progress))
 
     def compute_digests(self, progress: Progress | None = None) -> None:
         """Gives sealed layers the content digests that they lack, and lets equal ones share all."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pathlib
+from dataclasses import asdict
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from ..api import Attachment, LayerAPI, Policy, PoolUsage
+from ..api import Attachment, Compacted, LayerAPI, Policy, PoolUsage
 from ..metrics import PoolMetrics
 from .endpoints import call, change
 from .schema import EVENTS, failures, lines_of, operation_id
@@ -80,6 +81,12 @@ def commit(pool: PoolOf) -> None:
 def reclaim(pool: PoolOf) -> None:
     """Gives the space of what was deleted back to the host."""
     pool.reclaim()
+
+
+@router.post("/pool/compact", response_class=Response, responses=lines_of(Compacted) | failures(507))
+async def compact(gate: GateOf, pool: PoolOf) -> Response:
+    """Makes the data file as short as its content allows, while all of it is in use."""
+    return await work_lines(gate, lambda progress: asdict(pool.compact(progress)))
 
 
 @router.post("/pool/digests", response_class=Response, responses=lines_of(None))

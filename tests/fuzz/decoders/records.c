@@ -96,7 +96,7 @@ static int64_t disk_size(void *ctx) {
   return INT64_MAX;
 }
 
-static const tp_disk disk = {NULL, zeros, no_write, punch, fine, resize, disk_size};
+static const tp_disk disk = {NULL, zeros, no_write, punch, fine, resize, disk_size, resize};
 
 /* --- what is read --- */
 

@@ -39,8 +39,8 @@ def thrown_away(layers: Iterable[LayerAPI]) -> list[LayerAPI]:
     found = []
     for layer in layers:
         with suppress(LayerDeleted):  # by somebody else, since they were listed
-            if TRASH_LABEL in layer.labels:
-                found.append((goes_at(layer), layer))
+            if (until := layer.labels.get(TRASH_LABEL)) is not None:
+                found.append((float(until), layer))
     return [layer for _, layer in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 

@@ -243,7 +243,7 @@ class Model(RuleBasedStateMachine):
         content = self.layers[name]
         self.pool.create_layer(new, content.size)
         self.layers[new] = Content(self.serial, content.size)
-        for block in sorted(content.blocks):
+        for block in sorted(block for block in content.blocks if block * BLOCK < content.size):  # what was cut off is there still, as zeros
             data = content.read(block * BLOCK, min(BLOCK, content.size - block * BLOCK))
             self.change(new, {block: content.blocks[block]}, lambda data=data, block=block: self.pool.layer(new).pwrite(data, block * BLOCK))
         self.pool.layer(new).seal()

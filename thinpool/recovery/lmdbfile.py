@@ -71,7 +71,7 @@ class LmdbFile:
     def __init__(self, path: Path, on_damage: OnDamage, txn: int | None = None, meta: Meta | None = None) -> None:
         """Of ``path``, the newest state, that of transaction ``txn``, or one that was read before. Raises OSError; LookupError where there is no such state."""
         self.path = path
-        self._on_damage = on_damage
+        self.on_damage = on_damage
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
         try:
             self.size = os.fstat(self._file.fileno()).st_size
@@ -94,7 +94,7 @@ class LmdbFile:
         try:
             return os.pread(self._file.fileno(), length, offset)
         except OSError as error:
-            self._on_damage(f"the metadata file cannot be read at {offset}: {error.strerror}")
+            self.on_damage(f"the metadata file cannot be read at {offset}: {error.strerror}")
             return b""
 
     # --- meta pages ---
@@ -105,15 +105,15 @@ class LmdbFile:
         metas.append(next(filter(None, (self._read_meta(1, size) for size in sizes)), None))
         for number, meta in enumerate(metas):
             if meta is None:
-                self._on_damage(f"meta page {number} of the metadata file is damaged")
+                self.on_damage(f"meta page {number} of the metadata file is damaged")
             elif meta.txn % 2 != number and meta.txn > 1:
-                self._on_damage(f"meta page {number} of the metadata file holds transaction {meta.txn}, which belongs on the other one")
+                self.on_damage(f"meta page {number} of the metadata file holds transaction {meta.txn}, which belongs on the other one")
         known = [meta for meta in metas if meta is not None and txn in (None, meta.txn)]
         if not known:
             raise LookupError("no meta page of the metadata file can be read")
         txns = [meta.txn for meta in metas if meta is not None]
         if len(txns) == 2 and abs(txns[0] - txns[1]) > 1:
-            self._on_damage(f"the meta pages of the metadata file are of transactions {txns[0]} and {txns[1]}, which do not follow one another")
+            self.on_damage(f"the meta pages of the metadata file are of transactions {txns[0]} and {txns[1]}, which do not follow one another")
         return max(known, key=lambda meta: meta.txn)
 
     def _read_meta(self, number: int, page_size: int = 0) -> Meta | None:
@@ -137,22 +137,22 @@ class LmdbFile:
     def _page(self, number: int, flags: int, whose: str) -> bytes | None:
         """A page that a tree names, if it is what it must be."""
         if not 1 < number <= self.meta.last_page:
-            self._on_damage(f"{whose}: names page {number}, which is not there")
+            self.on_damage(f"{whose}: names page {number}, which is not there")
             return None
         data = self._read(self.page_size, number * self.page_size)
         if len(data) < self.page_size:
-            self._on_damage(f"{whose}: the metadata file has no page {number}")
+            self.on_damage(f"{whose}: the metadata file has no page {number}")
             return None
         stored, _, found, lower, upper = _HEAD.unpack_from(data)
         if stored != number or found & ~_DIRTY != flags or (flags != _OVERFLOW and not _HEAD_BYTES <= lower <= upper <= self.page_size):
-            self._on_damage(f"{whose}: page {number} of the metadata file is damaged")
+            self.on_damage(f"{whose}: page {number} of the metadata file is damaged")
             return None
         return data if self._take(number, 1, whose) else None
 
     def _take(self, number: int, count: int, whose: str) -> bool:
         """Marks pages as used by a tree; false where they are already."""
         if number + count > len(self.use) or any(self.use[number : number + count]):
-            self._on_damage(f"{whose}: page {number} of the metadata file belongs to something else too")
+            self.on_damage(f"{whose}: page {number} of the metadata file belongs to something else too")
             return False
         self.use[number : number + count] = bytes([USED]) * count
         return True
@@ -162,11 +162,11 @@ class LmdbFile:
         lower, upper = _HEAD.unpack_from(data)[3:]
         for at in struct.unpack_from(f"<{(lower - _HEAD_BYTES) // 2}H", data, _HEAD_BYTES):
             if not upper <= at <= self.page_size - 8:
-                self._on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
+                self.on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
                 continue
             low, high, flags, key_size = _NODE.unpack_from(data, at)
             if at + 8 + key_size > self.page_size:
-                self._on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
+                self.on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
                 continue
             yield low, high, flags, at
 
@@ -178,7 +178,7 @@ class LmdbFile:
         count = (_HEAD_BYTES + size + self.page_size - 1) // self.page_size
         (stored,) = struct.unpack_from("<I", page, 12)
         if stored < count or (count > 1 and not self._take(number + 1, stored - 1, whose)):
-            self._on_damage(f"{whose}: page {number} of the metadata file is damaged")
+            self.on_damage(f"{whose}: page {number} of the metadata file is damaged")
             return None
         data = self._read(size, number * self.page_size + _HEAD_BYTES)
         return data if len(data) == size else None
@@ -191,13 +191,13 @@ class LmdbFile:
             key = data[at + 8 : begin]
             if flags & _BIGDATA:
                 if begin + 8 > self.page_size:
-                    self._on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
+                    self.on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
                     continue
                 value = self._overflow(int.from_bytes(data[begin : begin + 8], "little"), size, whose)
             else:
                 value = data[begin : begin + size] if begin + size <= self.page_size else None
                 if value is None:
-                    self._on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
+                    self.on_damage(f"{whose}: a node of page {number} of the metadata file is out of place")
             if value is not None:
                 yield key, value, flags
 
@@ -208,7 +208,7 @@ class LmdbFile:
         if database.root == _NO_PAGE:
             return
         if not 0 < database.depth <= _DEPTH_MAX:
-            self._on_damage(f"{whose}: its depth of {database.depth} makes no sense")
+            self.on_damage(f"{whose}: its depth of {database.depth} makes no sense")
             return
         stack = [(database.root, database.depth)]
         while stack:
@@ -227,12 +227,12 @@ class LmdbFile:
         previous, count, pages = b"", 0, self.use.count(USED)
         for key, value, _ in self._walk(database, whose):
             if count and key <= previous:
-                self._on_damage(f"{whose}: key {key.hex()} is out of order")
+                self.on_damage(f"{whose}: key {key.hex()} is out of order")
             previous, count = key, count + 1
             yield key, value
         pages = self.use.count(USED) - pages
         if count != database.entries or pages != database.pages:
-            self._on_damage(f"{whose}: {count} records in {pages} pages, where {database.entries} in {database.pages} should be")
+            self.on_damage(f"{whose}: {count} records in {pages} pages, where {database.entries} in {database.pages} should be")
 
     def databases(self) -> dict[bytes, Database]:
         """The named databases."""
@@ -241,9 +241,9 @@ class LmdbFile:
             if flags & _SUBDATA and len(value) == _DATABASE.size:
                 found[name] = _database(value)[1]
             else:
-                self._on_damage(f"the list of databases: {name!r} is none")
+                self.on_damage(f"the list of databases: {name!r} is none")
         if len(found) != self.meta.main.entries:
-            self._on_damage(f"the list of databases: {len(found)}, where {self.meta.main.entries} should be")
+            self.on_damage(f"the list of databases: {len(found)}, where {self.meta.main.entries} should be")
         return found
 
     def mark_free(self) -> None:
@@ -251,11 +251,11 @@ class LmdbFile:
         for key, value, _ in self._walk(self.meta.free, "the list of free pages"):
             count = int.from_bytes(value[:8], "little")
             if len(key) != 8 or len(value) % 8 or count > len(value) // 8 - 1:
-                self._on_damage("the list of free pages: an entry makes no sense")
+                self.on_damage("the list of free pages: an entry makes no sense")
                 continue
             for page in struct.unpack_from(f"<{count}Q", value, 8):
                 if page >= len(self.use) or self.use[page] != UNUSED:
-                    self._on_damage(f"the list of free pages: page {page} is not free")
+                    self.on_damage(f"the list of free pages: page {page} is not free")
                 else:
                     self.use[page] = FREE
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,7 @@ from .records import key_of, varints
 
 _NO_DATABASE = Database(0, 0, 0, 2**64 - 1)
 _OPTIONAL = {b"checksums", b"documents"}
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,27 @@ class Counters:
     txn: int = 0
 
 
+@contextmanager
+def _opened(meta: Path, on_damage: OnDamage) -> Iterator[LmdbFile]:
+    """The newest state, pinned. A writer may commit more than once between the pin and the look, or between the looks at the two meta pages: what
+    is really wrong stays so. Raises LookupError."""
+    for left in reversed(range(_ATTEMPTS)):
+        problems: list[str] = []
+        tell = problems.append if left else on_damage
+        with ExitStack() as undo:
+            txn, file = None, None
+            try:
+                txn = undo.enter_context(pinned(meta))
+            except (DamagedError, DiskError) as error:
+                tell(str(error))
+            with suppress(LookupError) if left else nullcontext():
+                file = undo.enter_context(LmdbFile(meta / "data.mdb", tell, txn))
+            if file is not None and not problems:
+                file.on_damage = on_damage
+                yield file
+                return
+
+
 class StoredState:
     """The records of one committed state. A context manager."""
 
@@ -45,12 +67,7 @@ class StoredState:
         self._names = {kind: name.decode() for kind, name in DATABASE_NAMES.items()}
         with ExitStack() as undo:
             try:
-                txn = undo.enter_context(pinned(meta))
-            except (DamagedError, DiskError) as error:
-                on_damage(str(error))
-                txn = None
-            try:
-                self.file = undo.enter_context(LmdbFile(meta / "data.mdb", on_damage, txn))
+                self.file = undo.enter_context(_opened(meta, on_damage))
                 found = self.file.databases()
             except LookupError as error:
                 raise DamagedError(f"{meta}: {error}") from error

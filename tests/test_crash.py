@@ -5,415 +5,19 @@ The seed is in the test's name; ``--crash-cuts`` sets how many cuts a run makes 
 
 from __future__ import annotations
 
-import math
 import random
 import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import invariants
 import pytest
 from commandline import wait_until
+from crashload import Workload
 from crashworld import GARBAGE, World
 
-from thinpool import Policy
-from thinpool.compacting import merge_all, move_down
-from thinpool.digests import make_one
 from thinpool.engine import _ffi
-from thinpool.errors import OutOfSpace, PoolFailed, ThinpoolError
-from thinpool.trash import take_back, throw_away
-
-
-@dataclass
-class Content:
-    """What a layer holds."""
-
-    key: int  # whatever its name is by now
-    data: bytes
-    sealed: bool = False
-    other_size: int | None = None  # it may have this one too: a commit ran in the middle of a resize
-    old_name: str = ""  # it is in the trash, and had this one
-    overdue: bool = False  # it goes from there when the pool is opened next
-    # Changes since the last durable state: (offset, bytes). Any of them may be there after a crash, torn or garbled.
-    since: list[tuple[int, bytes]] = field(default_factory=list)
-
-
-Model = dict[str, Content]
-
-
-def copied(model: Model) -> Model:
-    """The same as it is now, durable or about to be: with nothing changed since."""
-    return {name: replace(content, other_size=None, since=[]) for name, content in model.items()}
-
-
-def overwritten(old: bytes, offset: int, data: bytes) -> bytes:
-    view = memoryview(old)
-    return b"".join((view[:offset], data, view[offset + len(data) :]))
-
-
-def resized(old: bytes, size: int) -> bytes:
-    return old[:size].ljust(size, b"\0")
-
-
-_DIFFERS = bytes([0]) + bytes([1]) * 255
-
-
-def differing(found: bytes, other: bytes) -> int:
-    """As a number in base 256, the first byte lowest: 1 where two equally long pieces differ, 0 elsewhere."""
-    xor = int.from_bytes(found, "little") ^ int.from_bytes(other, "little")
-    return int.from_bytes(xor.to_bytes(len(found), "little").translate(_DIFFERS), "little")
-
-
-class Workload:
-    """Random operations on a pool, and what they should have done."""
-
-    def __init__(self, directory: Path, chunk_size: int, rng: random.Random) -> None:
-        self.rng, self.chunk_size = rng, chunk_size
-        self.world = World(directory, chunk_size, rng)
-        self.world.on_commit = self._committed
-        self.world.verify_reads = rng.random() < 0.5
-        self.now: Model = {}
-        self.frozen: Model = {}
-        self.durable: Model = {}
-        self.policies = [Policy()] * 3  # now, frozen, durable
-        self.changing: tuple[int, int, bytes] | None = None
-        self.resizing: tuple[int, int] | None = None
-        self._serial = 0
-        self._tag = 0
-        self._open()
-
-    def _open(self) -> None:
-        self.pool = self.world.open()
-        commit = self.pool._committer.commit
-
-        def observed() -> None:
-            self._forget_emptied()
-            self.frozen, self.policies[1] = copied(self.now), self.policies[0]
-            commit()
-
-        self.pool._committer.commit = observed  # type: ignore[method-assign]
-
-    def _committed(self) -> None:
-        """The store has a new state: that of the freeze, all of whose data was synced before."""
-        self.durable = copied(self.frozen)
-        self.policies[2] = self.policies[1]
-        if self.changing:  # a commit in the middle of an operation, to make room
-            self._note(*self.changing)
-        for content in self.durable.values():
-            if self.resizing and self.resizing[0] == content.key:
-                content.other_size = self.resizing[1]
-
-    # --- operations ---
-
-    def step(self) -> None:
-        """One random operation."""
-        self.changing = self.resizing = None
-        if self._pick() is None:
-            self.create()
-            return
-        operations: list[tuple[Callable[[], None], int]] = [
-            (self.create, 2), (self.write, 30), (self.discard, 8), (self.snapshot, 5), (self.clone, 5), (self.delete, 4), (self.reset, 2),
-            (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
-            (self.rename, 1), (self.copy, 2), (self.sparsify, 4), (self.throw_away, 2), (self.take_back, 2),
-            (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1), (self.checksum, 5), (self.compact, 3),
-        ]  # fmt: skip
-        self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
-        self._forget_emptied()
-
-    def _name(self) -> str:
-        self._serial += 1
-        return f"layer{self._serial}"
-
-    def _pick(self, *, writable: bool = False) -> str | None:
-        names = [name for name, content in self.now.items() if not (writable and content.sealed) and not content.old_name]
-        return self.rng.choice(names) if names else None
-
-    def _range(self, size: int) -> tuple[int, int]:
-        offset = self.rng.randrange(size)
-        length = self.rng.choice((1, 100, 4096, 5000, self.chunk_size, 3 * self.chunk_size))
-        if self.rng.random() < 0.6:
-            offset -= offset % 4096
-            length = max(4096, length - length % 4096)
-        return offset, min(length, size - offset)
-
-    def create(self) -> None:
-        name, size = self._name(), self.rng.choice((1, 6000, 20 * self.chunk_size, 300 * 4096))
-        self.pool.create_layer(name, size)
-        self.now[name] = Content(self._serial, bytes(size))
-
-    def _changing(self, name: str, offset: int, data: bytes) -> None:
-        """Noted before it is done: the power may go half-way."""
-        self.changing = (self.now[name].key, offset, data)
-        self._note(*self.changing)
-
-    def _change(self, name: str, offset: int, data: bytes, call: Callable[[], object]) -> bool:
-        """Runs what should write these bytes. False: there is no space for all of them, and each is as it was or as it should be."""
-        self._changing(name, offset, data)
-        found = data
-        try:
-            call()
-        except OutOfSpace:
-            if self.world.dark:
-                raise
-            found = self.pool.layer(name).pread(len(data), offset)
-            assert all(byte in either for byte, *either in zip(found, self.now[name].data[offset : offset + len(data)], data, strict=True))
-        self.now[name].data = overwritten(self.now[name].data, offset, found)
-        return found is data
-
-    def _note(self, key: int, offset: int, data: bytes) -> None:
-        for content in self.durable.values():
-            if content.key == key:
-                content.since.append((offset, data))
-
-    def write(self) -> None:
-        if (name := self._pick(writable=True)) is None:
-            return
-        offset, length = self._range(len(self.now[name].data))
-        self._tag = self._tag % 250 + 1
-        data = bytes([self._tag if self._tag != GARBAGE else 251]) * length
-        self._change(name, offset, data, lambda: self.pool.layer(name).pwrite(data, offset))
-
-    def discard(self) -> None:
-        if (name := self._pick(writable=True)) is None:
-            return
-        size = len(self.now[name].data)
-        offset, length = (0, size) if self.rng.random() < 0.1 else self._range(size)
-        self._change(name, offset, bytes(length), lambda: self.pool.layer(name).discard(offset, length))
-
-    def sparsify(self) -> None:
-        if (name := self._pick(writable=True)) is None:
-            return
-        offset, length = self._range(len(self.now[name].data))
-        self._change(name, offset, bytes(length), lambda: self.pool.layer(name).pwrite(bytes(length), offset))
-        self.pool.layer(name).sparsify()
-
-    def snapshot(self) -> None:
-        if (name := self._pick()) is None or len(self.now) > 12:
-            return
-        new = self._name()
-        self.pool.layer(name).snapshot(new)
-        self.now[new] = Content(self._serial, self.now[name].data, True)
-
-    def clone(self) -> None:
-        if (name := self._pick()) is None or len(self.now) > 12:
-            return
-        new, size = self._name(), len(self.now[name].data) + self.rng.choice((0, 0, 5000))
-        self.pool.layer(name).clone(new, size)
-        self.now[new] = Content(self._serial, resized(self.now[name].data, size))
-
-    def share(self) -> None:
-        """As an import does: let an entry name a chunk of another layer, void what layers know, compare."""
-        source, target = self._pick(), self._pick(writable=True)
-        if source is None or target is None or source == target:
-            return
-        size = self.chunk_size
-        counts = [len(self.now[name].data) // size for name in (source, target)]
-        if 0 in counts:
-            return
-        index, place = (self.rng.randrange(count) for count in counts)
-        data = self.now[source].data[index * size : (index + 1) * size]
-        chunk = self.pool.layer(source).handle.chunk_at(index)
-        if chunk is None:
-            return
-        self._changing(target, place * size, data)
-        handle = self.pool.layer(target).handle
-        assert handle.map_shared(place, chunk)
-        self.pool.engine.revoke()
-        assert handle.equal(data, place * size)
-        self.now[target].data = overwritten(self.now[target].data, place * size, data)
-
-    def copy(self) -> None:
-        """A sealed copy in chunks of its own, something made from it, and then the two are made one."""
-        sealed = [name for name, content in self.now.items() if content.sealed]
-        if not sealed or len(self.now) > 11:
-            return
-        name, new = self.rng.choice(sealed), self._name()
-        data = self.now[name].data
-        self.pool.create_layer(new, len(data))
-        self.now[new] = Content(self._serial, bytes(len(data)))
-        for extent in self.pool.layer(name).extents():
-            if extent.kind == "data":
-                piece = data[extent.offset : extent.offset + extent.length]
-                if not self._change(new, extent.offset, piece, lambda piece=piece, offset=extent.offset: self.pool.layer(new).pwrite(piece, offset)):
-                    return
-        self.changing = None
-        self.pool.layer(new).seal()
-        self.now[new].sealed = True
-        clone = self._name()
-        self.pool.layer(new).clone(clone)
-        self.now[clone] = Content(self._serial, data)
-        for _ in range(self.rng.randrange(3)):
-            self.write()
-        assert make_one(self.pool, self.pool.layer(name), self.pool.layer(new))
-
-    def checksum(self) -> None:
-        """Of the chunks of a sealed layer."""
-        sealed = [name for name, content in self.now.items() if content.sealed]
-        if sealed:
-            name = self.rng.choice(sealed)
-            self.pool.layer(name).handle.checksum(0, len(self.now[name].data))
-
-    def compact(self) -> None:
-        """Split entries are merged, and chunks move below some place that may be too low for all that there is."""
-        merge_all([layer.handle for layer in self.pool.layers()], lambda *_: None)
-        ceiling = self.rng.randrange(1, self.pool.engine.info().allocated_chunks * 3 // 2 + 2)
-        move_down(self.pool.engine, self.pool._committer, lambda *_: None, ceiling)
-
-    def delete(self) -> None:
-        if (name := self._pick()) is not None:
-            self.pool.layer(name).delete()
-            del self.now[name]
-
-    def reset(self) -> None:
-        if (name := self._pick(writable=True)) is None:
-            return
-        other = self._pick()
-        if other is None or other == name:
-            return
-        self.pool.layer(name).reset(to=other)
-        data = self.now[other].data
-        self.now[name].data = resized(data, max(len(data), len(self.now[name].data)))
-
-    def resize(self) -> None:
-        if (name := self._pick(writable=True)) is None:
-            return
-        old = len(self.now[name].data)
-        size = max(1, old + self.rng.choice((-9000, -4096, -1, 1, 4096, 9000)))
-        self.resizing = (self.now[name].key, size)
-        if size >= old:
-            self.pool.layer(name).resize(size)
-        elif not self._change(name, size, bytes(old - size), lambda: self.pool.layer(name).resize(size, allow_shrink=True)):
-            return
-        self.now[name].data = resized(self.now[name].data, size)
-
-    def seal(self) -> None:
-        if (name := self._pick(writable=True)) is not None:
-            self.pool.layer(name).seal()
-            self.now[name].sealed = True
-
-    def rename(self) -> None:
-        if (name := self._pick()) is not None:
-            new = self._name()
-            self.pool.layer(name).rename(new)
-            self.now[new] = self.now.pop(name)
-
-    def flush(self) -> None:
-        self.pool.commit()
-        # Also without a new record, all data is on disk now.
-        self.durable, self.policies[2] = copied(self.now), self.policies[0]
-
-    def reclaim(self) -> None:
-        self.pool.engine.reclaim(self.rng.choice((1, 300, 10000)))
-
-    def punch(self) -> None:
-        self.pool.engine.punch(self.rng.choice((1, 1 << 20)))
-
-    def extend(self) -> None:
-        with suppress(OutOfSpace):
-            self.pool._committer.extend_window()
-
-    # --- the trash, and how much there is room for ---
-
-    def _forget_emptied(self) -> None:
-        """What went from the trash by itself, to make room."""
-        there = {name for _, name in self.pool.names()}
-        self.now = {name: content for name, content in self.now.items() if name in there or not content.old_name}
-
-    def throw_away(self) -> None:
-        if (name := self._pick()) is None:
-            return
-        layer, hours = self.pool.layer(name), self.rng.choice((24, -1))
-        throw_away(self.pool, layer, hours)
-        self.now[layer.name] = replace(self.now.pop(name), old_name=name, overdue=hours < 0)
-
-    def take_back(self) -> None:
-        trash = [name for name, content in self.now.items() if content.old_name]
-        if trash:
-            content = self.now.pop(self.rng.choice(trash))
-            assert take_back(self.pool.layers(), content.old_name).name == content.old_name
-            self.now[content.old_name] = replace(content, old_name="", overdue=False)
-
-    def empty_trash(self) -> None:
-        self.pool._committer.empty_trash(self.rng.choice((time.time(), math.inf)))
-
-    def set_capacity(self) -> None:
-        chunks = self.rng.choice((0, 3, self.pool.engine.info().allocated_chunks + self.rng.randrange(1, 30)))
-        before, wanted = self.world.records.capacity, chunks * self.chunk_size
-        try:
-            self.pool.set_capacity(wanted)
-        finally:
-            assert self.world.records.capacity in ((before, wanted) if self.world.dark else (wanted,))
-
-    def set_policy(self) -> None:
-        policy = Policy(extend_at=self.rng.choice((0, 50, 90)), extend_by=self.rng.choice((1, 50)), extend_max=self.rng.choice((0, 100)) * self.chunk_size)
-        self.policies[0] = policy
-        self.pool.set_policy(policy)
-
-    def look(self) -> None:
-        self.pool.watch.look()
-
-    def read(self) -> None:
-        if (name := self._pick()) is not None:
-            assert self.pool.layer(name).pread(len(self.now[name].data), 0) == self.now[name].data, f"{name} reads wrong before a crash"
-
-    # --- crashes ---
-
-    def crash(self) -> None:
-        """The power is gone: a new process finds what is left, and all of it is right."""
-        self.pool.engine.close()
-        assert not self.world.lost_by_cuts
-        self.world.reboot()
-        invariants.check(self.world.records.of_kind, self.chunk_size, self.world.disk.read)  # I5: without repair
-        self._open()
-        assert self.pool.engine.info().capacity_chunks == self.world.records.capacity // self.chunk_size
-        assert self.pool.policy() == self.policies[2]
-        self.policies = [self.policies[2]] * 3
-        there = {name: content for name, content in self.durable.items() if not content.overdue}
-        assert {layer.name for layer in self.pool.layers()} == set(there), "I8: another set of layers than was committed"
-        self.now = {name: self._verified(name, content) for name, content in there.items()}
-        self.durable |= copied(self.now)  # what is overdue may come back once more, and go
-
-    def _verified(self, name: str, content: Content) -> Content:
-        """What a layer holds now, all of which it may."""
-        layer = self.pool.layer(name)
-        assert layer.size in (len(content.data), content.other_size)
-        was = resized(content.data, layer.size)
-        assert layer.sealed == content.sealed
-        found = layer.pread(layer.size, 0)
-        if found != was:
-            assert not content.sealed, f"{name} is sealed and changed (I7)"
-            self._verify_changes(name, found, was, content.since)
-        return replace(content, data=found, other_size=None, since=[])
-
-    @staticmethod
-    def _verify_changes(name: str, found: bytes, was: bytes, since: list[tuple[int, bytes]]) -> None:
-        """Each byte is what it was, or what was written there since, or garbage where something was."""
-        unexplained = bytearray(differing(found, was).to_bytes(len(found), "little"))
-        written = bytearray(len(found))
-        for offset, data in since:
-            where = slice(offset, min(offset + len(data), len(found)))
-            piece = found[where]
-            strange = differing(piece, data[: len(piece)]) & differing(piece, bytes([GARBAGE]) * len(piece))
-            unexplained[where] = (int.from_bytes(unexplained[where], "little") & strange).to_bytes(len(piece), "little")
-            written[where] = b"\1" * len(piece)
-        at = unexplained.find(1)
-        what = "holds what was never written there (I6)" if written[at] else "changed although nothing wrote there (I5, I6)"
-        assert at < 0, f"{name} at {at}: {found[at]} for {was[at]}: {what}"
-
-    def run_until_cut(self, steps: int) -> None:
-        """Works until the power goes that many steps from now."""
-        self.world.cut_after(steps)
-        while not self.world.dark:
-            try:
-                self.step()
-            except ThinpoolError:
-                if not self.world.dark:
-                    raise
-        self.crash()
-
+from thinpool.errors import PoolFailed, ThinpoolError
+from thinpool.pool import Pool
 
 CHUNK_SIZES = (4096, 16384, 65536)
 SEEDS = 36
@@ -521,6 +125,14 @@ def test_who_waits_for_a_sync_that_fails_is_told(tmp_path: Path) -> None:
     del failing
 
 
+def cut_after_a_sync(world: World, pool: Pool) -> Pool:
+    """All data is on the disk, the records are those of the last commit; the pool, opened again."""
+    world.disk._sync(None)
+    pool.engine.close()
+    world.reboot()
+    return world.open()
+
+
 def test_a_lost_growth_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
     """The bytes written behind the old end went to the disk, the larger size did not: growing again must show zeros."""
     world = World(tmp_path, 65536, random.Random(1))
@@ -531,10 +143,7 @@ def test_a_lost_growth_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
     layer.resize(9000)
     layer.pwrite(b"y" * 7458, 1542)
     assert layer.pread(9000, 0) == b"x" * 1542 + b"y" * 7458
-    world.disk._sync(None)
-    pool.engine.close()
-    world.reboot()
-    pool = world.open()
+    pool = cut_after_a_sync(world, pool)
     layer = pool.layer("a")
     assert layer.size == 1542
     layer.resize(9000)
@@ -554,10 +163,7 @@ def test_a_torn_write_leaves_nothing_behind_the_end(tmp_path: Path) -> None:
         layer.pwrite(b"y" * 1904, 8192)
     assert layer.pread(10096, 0) == b"x" * 8192 + b"y" * 1904
     world.disk._unsynced = [(offset, bytes([GARBAGE]) * len(what)) for offset, what in world.disk._unsynced if isinstance(what, bytes)]
-    world.disk._sync(None)
-    pool.engine.close()
-    world.reboot()
-    pool = world.open()
+    pool = cut_after_a_sync(world, pool)
     layer = pool.layer("a")
     layer.resize(14192)
     assert layer.pread(14192 - 10096, 10096) == bytes(14192 - 10096)

@@ -15,13 +15,6 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 
-def _done(engine: Engine, rc: int, layer_id: int = 0) -> int:
-    """The result of a call that may have found no room, which only means that less is gained: nobody else is to be told of it."""
-    engine.check(rc, layer_id)
-    engine.forget_callbacks()
-    return rc
-
-
 class _Compaction:
     """One that is under way in the core: ``total`` chunks were to move, ``moved`` have."""
 
@@ -33,7 +26,7 @@ class _Compaction:
 
     def step(self) -> bool:
         """Does a bounded part; true if there is more."""
-        return bool(_done(self._engine, _core.tp_compact_step(self.pointer, self._moved)))
+        return bool(self._engine.check(_core.tp_compact_step(self.pointer, self._moved)))
 
     @property
     def moved(self) -> int:
@@ -55,7 +48,7 @@ def merge(layer: EngineLayer) -> Iterator[int]:
     more = 1
     while more:
         merged[0] = 0
-        more = _done(layer.engine, _core.tp_layer_merge(layer.pointer, cursor, merged), layer.id)
+        more = layer.engine.check(_core.tp_layer_merge(layer.pointer, cursor, merged), layer.id)
         yield int(merged[0])
 
 

@@ -160,6 +160,8 @@ class Engine:
             return rc
         pending: BaseException | None = getattr(self._raised, "exception", None)
         self._raised.exception = None
+        if isinstance(pending, errors.OutOfSpace) and rc != _core.TP_ENOSPC:
+            pending = None  # of an earlier call, which did without
         info = _ffi.new("tp_error_info *")
         _core.tp_last_error(info)
         if info.code != rc:
@@ -169,10 +171,6 @@ class Engine:
         if isinstance(pending, errors.ThinpoolError):
             raise pending
         raise _ERRORS[rc](info, self._where(info)) from pending
-
-    def forget_callbacks(self) -> None:
-        """What a callback has raised in this thread is dealt with."""
-        self._raised.exception = None
 
     def _guarded(self, work: Callable[[], object]) -> int:
         """Runs a callback; what it raises is raised again by the call that is under way in this thread."""

@@ -207,6 +207,20 @@ def test_layers_found_equal_become_one(tmp_path: Path, seed: int, chunk_size: st
         assert content_of(stacks[1][2])[5000 + 8192 :] == before["b/work"][5000 + 8192 :]
 
 
+def test_a_layer_becomes_one_with_its_own_snapshot(tmp_path: Path) -> None:
+    with Pool.create(tmp_path / "pool") as pool:
+        layer = filled(pool, "a", random.Random(1))
+        snapshot = layer.snapshot("snapshot")
+        content = content_of(layer)
+        pool.compute_digests()
+        layer.pwrite(b"x" * 4096, 0)
+        layer.pwrite(content[:4096], 0)
+        layer.seal()
+        pool.compute_digests()
+        assert content_of(layer) == content_of(snapshot) == content
+        assert layer.usage().exclusive == snapshot.usage().exclusive == 0
+
+
 def test_layers_that_differ_in_bytes_stay_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The digests say equal, but the bytes were damaged since: bytes decide."""
     with Pool.create(tmp_path / "pool") as pool:

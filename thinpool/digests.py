@@ -228,6 +228,8 @@ def make_one(pool: Pool, kept: Layer, layer: Layer, on_piece: Callable[[int], No
         return False
     saved = sum(extent.length for extent in pool.diff(kept, layer) if extent.kind == "data")
     for heir in (*_descendants(layer), layer):
+        if heir == kept:  # a snapshot of the other, which was sealed later
+            continue
         try:
             heir.handle.rebase(layer.handle, kept.handle)
         except LayerDeleted:

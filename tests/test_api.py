@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asgi import Answer, application, ask
+from asgi import Answer, application
+from asgi import ask as ask_as_is
 
 import thinpool
 from thinpool.server.wire import BODY_BYTES_MAX
@@ -28,6 +29,11 @@ def app(quiet_pool: thinpool.Pool) -> Any:
     return application(quiet_pool)
 
 
+def ask(app: Any, method: str, url: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+    """One request; ``{a}`` in its URL stands for the id of the layer ``a``."""
+    return ask_as_is(app, method, url.replace("{a}", str(app.state.pool.layer("a").id)), body, headers)
+
+
 def error_of(response: Answer) -> str:
     """The kind of error that an answer tells, in the one form that all have."""
     assert response.headers["content-type"] == "application/json"
@@ -46,8 +52,8 @@ def error_of(response: Answer) -> str:
         ("POST", "/v1/layers", {"name": "a", "size": "1M"}, 409, "LayerExists"),
         ("POST", "/v1/layers", {"name": "-", "size": "1M"}, 400, "BadName"),
         ("POST", "/v1/layers", {"name": "b"}, 422, "TypeError"),
-        ("GET", "/v1/layers/1/data?offset=0&length=2000000", None, 416, "OutOfRange"),
-        ("GET", f"/v1/layers/1/data?offset=0&length={BODY_BYTES_MAX + 1}", None, 422, "TypeError"),
+        ("GET", "/v1/layers/{a}/data?offset=0&length=2000000", None, 416, "OutOfRange"),
+        ("GET", f"/v1/layers/{{a}}/data?offset=0&length={BODY_BYTES_MAX + 1}", None, 422, "TypeError"),
         ("POST", "/v1/import/raw", {"path": "relative", "name": "b"}, 422, "TypeError"),
         ("POST", "/v1/import/raw", {"path": "/nonexistent/image", "name": "b"}, 400, "ImportFailed"),
         ("POST", "/v1/diff", {"from_layer": "a", "to_layer": "nope"}, 404, "LayerNotFound"),
@@ -61,25 +67,25 @@ def test_a_mistake_gets_its_status_and_the_error_as_json(app: Any, method: str, 
 
 
 def test_a_body_that_is_too_long_is_not_read(app: Any) -> None:
-    response = ask(app, "PUT", "/v1/layers/1/data?offset=0", headers={"Content-Length": str(BODY_BYTES_MAX + 1)})
+    response = ask(app, "PUT", "/v1/layers/{a}/data?offset=0", headers={"Content-Length": str(BODY_BYTES_MAX + 1)})
     assert (response.status, error_of(response)) == (413, "BodyTooLarge")
 
 
 def test_a_body_of_untold_length_is_refused(app: Any) -> None:
-    response = ask(app, "PUT", "/v1/layers/1/data?offset=0", headers={"Transfer-Encoding": "chunked"})
+    response = ask(app, "PUT", "/v1/layers/{a}/data?offset=0", headers={"Transfer-Encoding": "chunked"})
     assert (response.status, error_of(response)) == (411, "LengthRequired")
 
 
 @pytest.mark.parametrize("durable", ["true", "false"])
 def test_what_is_asked_to_be_durable_is_committed_when_it_is_answered(app: Any, quiet_pool: thinpool.Pool, durable: str) -> None:
-    response = ask(app, "POST", f"/v1/layers/1/clone?durable={durable}", {"name": "b"})
+    response = ask(app, "POST", f"/v1/layers/{{a}}/clone?durable={durable}", {"name": "b"})
     assert response.status == 200
     assert bool(quiet_pool.engine.info().dirty) == (durable == "false")
 
 
 def test_what_fails_is_not_committed(app: Any, quiet_pool: thinpool.Pool) -> None:
     before = quiet_pool.engine.info().durable_txn
-    assert ask(app, "POST", "/v1/layers/1/clone?durable=true", {"name": "a"}).status == 409
+    assert ask(app, "POST", "/v1/layers/{a}/clone?durable=true", {"name": "a"}).status == 409
     assert quiet_pool.engine.info().durable_txn == before
 
 

@@ -288,6 +288,18 @@ def test_a_client_that_goes_ends_its_import(path: Path, tmp_path: Path) -> None:
     pool.close()
 
 
+def test_a_client_that_goes_while_it_sends_is_no_failure(path: Path) -> None:
+    pool, _ = started_server(path)
+    layer = pool.create_layer("a", "1M")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(path / "server.sock"))
+        client.sendall(b"PUT /v1/layers/%d/data?offset=0 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\npart of it" % layer.id)
+    pool.commit()
+    pool.close()
+    wait_until(lambda: not (path / "server.sock").exists())
+    assert "Traceback" not in (path / "server.log").read_text()
+
+
 def test_an_answer_may_be_the_last_on_its_connection(tmp_path: Path) -> None:
     """As one is that a server gives while it leaves: the next request goes by another connection."""
     answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\nConnection: close\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'

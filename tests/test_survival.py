@@ -21,6 +21,7 @@ from commandline import Command, make_rootfs, wait_until
 from conftest import needs_root, needs_tool
 
 import thinpool
+from thinpool.errors import LayerDeleted, ServerError
 from thinpool.exports.keeping import keeper as keeper_program
 from thinpool.exports.keeping.link import KeeperLink
 from thinpool.server.client import RemotePool
@@ -269,6 +270,36 @@ def test_a_layer_made_and_mounted_at_once_is_there(served: Served, place: Path) 
     served.kill()
     (place / "file").write_text("x")
     served.pool.layer("clone").unmount()
+
+
+def test_a_commit_fails_where_a_killed_server_had_the_change(served: Served) -> None:
+    base = served.pool.create_layer("base", MIB)
+    served.pool.commit()
+    lost = base.clone("lost")
+    served.kill()
+    base.set_labels({"by": "the next server"})
+    for _ in range(2):
+        with pytest.raises(ServerError, match="was killed"):
+            served.pool.commit()
+    with connect(served.path) as again:
+        assert [layer.name for layer in again.layers()] == ["base"]
+        another = again.create_layer("another", MIB)
+        again.commit()
+        served.kill()
+        again.commit()  # nothing was open
+        another.rename("renamed")
+        again.commit()
+    with pytest.raises(LayerDeleted):
+        print(lost.name)
+
+
+def test_a_commit_after_a_takeover_is_good_for_what_was_done_before(served: Served) -> None:
+    served.pool.create_layer("base", MIB)
+    take_over(served.path).close()
+    served.pool.layer("base").snapshot("kept")
+    served.pool.commit()
+    served.kill()
+    assert [layer.name for layer in served.pool.layers()] == ["base", "kept"]
 
 
 def test_a_file_system_frozen_by_a_killed_server_is_thawed(served: Served, place: Path) -> None:

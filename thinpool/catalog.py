@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,8 @@ class Catalog:
         self._documents_changed: dict[str, bool] = {}
         for layer_id, stored in layers:
             self._insert(layer_id, LayerRecord.from_json(stored))
-        self._next_id = max(self._records, default=0) + 1
+        # Later than any id that was given before: one whose layer was deleted, or lost with a killed process, is not given again.
+        self._next_id = max(max(self._records, default=0) + 1, time.time_ns() // 1000)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -106,7 +108,7 @@ class Catalog:
             self._digests.setdefault(digest, set()).add(layer_id)
 
     def new_id(self) -> int:
-        """An id that no layer of this pool has had since it was opened."""
+        """An id that no layer of this pool has had."""
         self._next_id += 1
         return self._next_id - 1
 

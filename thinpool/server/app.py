@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import errors
 from ..pool import Pool
@@ -24,7 +25,7 @@ from .answers import failure, refusal
 from .state import Gate, LayerTable
 from .tcp import TcpListeners
 from .transport import STOPPING
-from .wire import API, BODY_BYTES_MAX, encode_error
+from .wire import API, BODY_BYTES_MAX, STATE_HEADER, encode_error
 
 # The first that fits counts.
 _STATUS: dict[type[Exception], int] = {
@@ -60,11 +61,12 @@ def _status_of(error: Exception) -> int:
 
 
 class _Gatekeeper:
-    """ASGI middleware: turns requests away at a closed gate, and counts the others until their last byte is sent."""
+    """ASGI middleware: turns requests away at a closed gate, and counts the others until their last byte is sent. Each answer says what is committed."""
 
-    def __init__(self, app: Any, gate: Gate) -> None:
+    def __init__(self, app: Any, gate: Gate, pool: Pool, identity: str) -> None:
         self._app = app
         self._gate = gate
+        self._pool, self._identity = pool, identity
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -73,7 +75,14 @@ class _Gatekeeper:
             await refusal(STOPPING, "ServerStopping", "the server is about to stop: connect again")(scope, receive, send)
         else:
             with self._gate.at_work():
-                await (_body_refused(dict(scope["headers"])) or self._app)(scope, receive, send)
+                await (_body_refused(dict(scope["headers"])) or self._app)(scope, receive, partial(self._send, send))
+
+    async def _send(self, send: Any, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            info = self._pool.engine.info()
+            state = f"{self._identity} {info.txn if info.dirty else info.durable_txn} {info.durable_txn}"
+            message["headers"].append((STATE_HEADER.lower().encode(), state.encode()))
+        await send(message)
 
 
 def _body_refused(headers: Mapping[bytes, bytes]) -> Response | None:
@@ -101,8 +110,8 @@ async def _answer_no_route(_request: Request, error: Exception) -> Response:
     return refusal(error.status_code, "NoSuchRoute" if error.status_code in (404, 405) else "ValueError", str(error.detail), error.headers)
 
 
-def create_app(pool: Pool, gate: Gate, tcp: TcpListeners) -> FastAPI:
-    """The application that serves ``pool`` behind ``gate``; ``tcp``: where it can be asked to be served too."""
+def create_app(pool: Pool, gate: Gate, tcp: TcpListeners, identity: str = "") -> FastAPI:
+    """The application that serves ``pool`` behind ``gate``; ``tcp``: where it can be asked to be served too; ``identity``: of this server."""
     app = FastAPI(
         title="thinpool",
         version=API.removeprefix("/"),
@@ -118,9 +127,9 @@ def create_app(pool: Pool, gate: Gate, tcp: TcpListeners) -> FastAPI:
         app.router.routes.extend(module.router.routes)
     app.add_exception_handler(RequestValidationError, _answer_bad_request)
     app.add_exception_handler(HTTPException, _answer_no_route)
-    for kind in (errors.ThinpoolError, OSError, ValueError, TypeError):
+    for kind in (errors.ThinpoolError, OSError, ValueError, TypeError, ClientDisconnect):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(Exception, _answer_error)  # a bug of ours, which uvicorn logs besides
-    app.add_middleware(_Gatekeeper, gate=gate)
+    app.add_middleware(_Gatekeeper, gate=gate, pool=pool, identity=identity)
     app.openapi = partial(schema.describe, app)  # type: ignore[method-assign]
     return app

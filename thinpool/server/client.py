@@ -148,8 +148,11 @@ class RemotePool:
         return [Attachment(**data) for data in self._transport.json("GET", "/attachments")]
 
     def commit(self) -> None:
-        """Makes all that was done so far survive a power cut."""
-        self._transport.json("POST", "/pool/commit")
+        """Makes all that was done so far survive a power cut.
+
+        Raises ServerError where a server was killed that had answered some of it: look what is there, with the pool connected again.
+        """
+        self._transport.commit()
 
     def reclaim(self) -> None:
         """Waits until the space of everything deleted is free and given back to the host."""

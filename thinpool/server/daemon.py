@@ -27,7 +27,7 @@ from ..exports.keeping.link import KeeperLink
 from ..pool import Pool
 from .app import create_app
 from .state import Gate
-from .survival import leave
+from .survival import identity_of, leave
 from .tcp import Listener, TcpListeners
 from .transport import socket_path
 from .wire import SOCKET_NAME
@@ -47,11 +47,12 @@ class _Server(uvicorn.Server):
         self, pool: Pool, keeper: KeeperLink, *, stays: bool, restart: Sequence[str] | None, listener: socket.socket | None, tcp: Sequence[Listener]
     ) -> None:
         self._gate = Gate()
+        self.identity = identity_of(keeper)
         self._tcp, self._tcp_at_first = TcpListeners(pool.path, self, keeper), tcp
         # Connections are never closed for being quiet: an open one is how a client says that it is there.
         super().__init__(
             uvicorn.Config(
-                create_app(pool, self._gate, self._tcp),
+                create_app(pool, self._gate, self._tcp, self.identity),
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
@@ -163,5 +164,5 @@ def serve(
     server.run_until_done(on_ready)
     if server.leaves:
         _log.info("leaving it to the next server", extra={"event": "leaving"})
-        leave(pool)
+        leave(pool, keeper, server.identity)
     _log.info("stopping", extra={"event": "stopping"})

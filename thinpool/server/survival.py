@@ -10,12 +10,16 @@
     the next server claims all that, does the notes again, lets the kernel ask again what was not answered, and serves
 
 It leaves as if it were killed, only that it ends its requests and commits before: there is one way to go on, and it is always in use.
+
+A change of structure that a killed server had not committed is gone. So that a client's commit is not answered by a server that never had the change,
+each has a random identity, which only one that committed hands on to the next.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +28,7 @@ from ..exports.keeping.link import KeeperLink
 from ..pool import Pool
 
 _LOG = logging.getLogger("thinpool.server")
+_IDENTITY_BYTES = 32
 
 
 @contextmanager
@@ -40,6 +45,8 @@ def kept_pool(path: Path, *, takeover: bool = False, verify_reads: bool = False)
             keeper = KeeperLink(run)
             keeper.keep("lock", [pool.lock_fd])
             keeper.keep("redo", [redo])
+        if not keeper.kept("identity"):
+            keeper.keep("identity", [os.memfd_create("thinpool-identity")])
         try:
             pool.uses.survive(keeper)
         except Exception:
@@ -48,7 +55,16 @@ def kept_pool(path: Path, *, takeover: bool = False, verify_reads: bool = False)
         yield pool, keeper
 
 
-def leave(pool: Pool) -> None:
+def identity_of(keeper: KeeperLink) -> str:
+    """The name of this server, which is that of the one before if that has committed and left."""
+    handed_on = keeper.kept("identity")[0]
+    identity = os.pread(handed_on, _IDENTITY_BYTES, 0).decode()
+    os.ftruncate(handed_on, 0)
+    return identity or uuid.uuid4().hex
+
+
+def leave(pool: Pool, keeper: KeeperLink, identity: str) -> None:
     """Ends this process without taking anything down: it is the next one's now."""
     pool.commit()
+    os.pwrite(keeper.kept("identity")[0], identity.encode(), 0)
     os._exit(0)

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from ..errors import PoolClosed, ServerError
-from .wire import API, SOCKET_NAME, decode_error
+from .wire import API, SOCKET_NAME, STATE_HEADER, decode_error
 
 _SUCCESSOR_SECONDS = 30.0  # how long a pool without a server is waited for
 _PAUSE_SECONDS = 0.02
@@ -74,6 +74,7 @@ class Transport:
         self._idle: list[_Connection] = []
         self._lock = threading.Lock()
         self._closed = False
+        self._uncommitted: dict[str, int] = {}  # the transaction that must be durable for what a server, by its identity, has answered
 
     def close(self) -> None:
         """Closes the connections; what still runs in other threads ends with its answer."""
@@ -92,6 +93,15 @@ class Transport:
         encoded = None if body is None else json.dumps(body).encode()
         return json.loads(self._ask(method, route, encoded, "application/json", query))
 
+    def commit(self) -> None:
+        """Commits. Raises ServerError, now and later, where another server answers than one that had changes which may be lost."""
+        with self._lock:
+            covered = set(self._uncommitted)
+        connection, response = self._send("POST", "/pool/commit", None, "application/json", {})
+        self._read(connection, response)
+        if covered - {self._note_state(response, changes=False)}:
+            raise ServerError(f"the server of the pool {self._directory} was killed: what was not committed may be lost. Connect again, and look")
+
     def lines(self, method: str, route: str, body: Any = None, **query: Any) -> Iterator[dict[str, Any]]:
         """The answer's JSON lines up to its ``result``; raises its ``error``.
 
@@ -100,6 +110,7 @@ class Transport:
         """
         encoded = None if body is None else json.dumps(body).encode()
         connection, response = self._send(method, route, encoded, "application/json", query)
+        self._note_state(response, changes=method != "GET")
         ended = False
         try:
             while not ended:
@@ -126,6 +137,20 @@ class Transport:
 
     def _ask(self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]) -> bytes:
         connection, response = self._send(method, route, body, content_type, query)
+        self._note_state(response, changes=method != "GET")
+        return self._read(connection, response)
+
+    def _note_state(self, response: http.client.HTTPResponse, *, changes: bool) -> str:
+        """Remembers what is committed of what was answered; the identity of the server."""
+        identity, needed, durable = response.headers.get(STATE_HEADER, " 0 0").split(" ")
+        with self._lock:
+            if changes:
+                self._uncommitted[identity] = max(int(needed), self._uncommitted.get(identity, 0))
+            if self._uncommitted.get(identity, 0) <= int(durable):
+                self._uncommitted.pop(identity, None)
+        return str(identity)
+
+    def _read(self, connection: _Connection, response: http.client.HTTPResponse) -> bytes:
         try:
             answer = response.read()
         except (OSError, http.client.HTTPException) as error:

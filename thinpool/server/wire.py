@@ -19,6 +19,9 @@ from ..api import Extent, LayerAPI, Limits, PoolAPI, Usage
 SOCKET_NAME = "server.sock"
 LOG_NAME = "server.log"
 TOKEN_NAME = "token"
+STATE_HEADER = "Thinpool-State"
+"""Of every answer: the server's identity, which changes where what was not committed may be lost; the transaction that must be durable for all that was
+answered to be so; the last one that is."""
 LogFormat = Literal["text", "json"]
 API = "/v1"
 BODY_BYTES_MAX = 64 << 20  # of one request, and of what one reads

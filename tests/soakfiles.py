@@ -140,6 +140,7 @@ class FileSystem:
         def make() -> None:
             if snapshot not in self.front.names():
                 self.front.snapshot(self.layer, snapshot)
+                self.front.commit()  # or a killed server had it, and the next has nothing to clone
             if clone not in self.front.names():
                 self.front.clone(snapshot, clone, 0)
 

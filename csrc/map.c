@@ -59,17 +59,17 @@ static int load_new_count_pages(struct tp_pool *pool) {
 static void grow_to(tp_layer *layer, uint64_t leaf_index) {
   struct tp_pool *pool = layer->pool;
   if (layer->root == 0) {
+    record_touch(pool, &layer->rec);
     layer->height = 1;
     while (!covers(layer->height, leaf_index)) layer->height++;
     layer->root = node_create(pool, layer->height - 1)->rec.key;
-    record_touch(pool, &layer->rec);
   }
   while (!covers(layer->height, leaf_index)) {
     struct node *root = node_create(pool, layer->height);
+    record_touch(pool, &layer->rec);
     root->entry[0] = layer->root;
     layer->root = root->rec.key;
     layer->height++;
-    record_touch(pool, &layer->rec);
   }
 }
 
@@ -95,8 +95,8 @@ int map_own(tp_layer *layer, uint64_t leaf_index, unsigned level, struct node **
       if (rc == TP_OK && count > 1) {
         rc = node_copy(pool, node, &node);
         if (rc == TP_OK && parent == NULL) {
-          layer->root = node->rec.key;
           record_touch(pool, &layer->rec);
+          layer->root = node->rec.key;
         } else if (rc == TP_OK) {
           record_touch(pool, &parent->rec);
           parent->entry[digit(leaf_index, at + 1)] = node->rec.key;
@@ -172,10 +172,10 @@ static uint64_t leaf_refs(struct tp_pool *pool, const struct node *leaf) {
 }
 
 static void cut_root(tp_layer *layer) {
+  record_touch(layer->pool, &layer->rec);
   node_drop(layer->pool, layer->root);
   layer->root = 0;
   layer->height = 0;
-  record_touch(layer->pool, &layer->rec);
 }
 
 /* Owns the parent, and unhooks the child on the way to the leaf from it. */
@@ -206,16 +206,16 @@ int map_cut_leaf(tp_layer *layer, uint64_t leaf_index) {
   for (unsigned level = 0; empty && level + 1 < layer->height; level++) {
     if ((rc = cut_child(layer, leaf_index, level, &empty)) != TP_OK) return rc;
     if (level == 0) {
-      layer->mapped_refs -= refs;
       record_touch(pool, &layer->rec);
+      layer->mapped_refs -= refs;
       set_slot(layer, leaf_index, NULL);
       refs = 0;
     }
   }
   if (empty) {
     if ((rc = load_count(pool, TP_NODE_PAGE, layer->root, &ignored)) != TP_OK) return rc;
-    layer->mapped_refs -= refs;
     cut_root(layer);
+    layer->mapped_refs -= refs;
     set_slot(layer, leaf_index, NULL);
   }
   return TP_OK;

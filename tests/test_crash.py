@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import invariants
@@ -195,4 +196,50 @@ def test_a_checksum_is_good_until_it_is_gone_for_good(tmp_path: Path) -> None:
     pool.layer("a").pwrite(b"z" * 4096, 0)
     pool.commit()
     assert len(invariants.check(world.records.of_kind, 16384, world.disk.read).checksums) == 0
+    pool.engine.close()
+
+
+CHUNK = 16384
+MEANWHILE: dict[str, Callable[[Pool], object]] = {
+    "the first write of all": lambda pool: pool.layer("empty").pwrite(b"x" * CHUNK, 0),
+    "the first write after a snapshot": lambda pool: pool.layer("shared").pwrite(b"x", 0),
+    "a write behind what the map covers": lambda pool: pool.layer("small").pwrite(b"x", 300 * CHUNK),
+    "a discard of all": lambda pool: pool.layer("small").discard(0, 300 * CHUNK),
+    "a discard of a leaf": lambda pool: pool.layer("large").discard(256 * CHUNK, 144 * CHUNK),
+    "a write, and a discard of all": lambda pool: (pool.layer("shared").pwrite(b"x", 0), pool.layer("shared").discard(0, 400 * CHUNK)),
+    "a reset": lambda pool: pool.layer("small").reset("large"),
+    "a layer that goes": lambda pool: pool.layer("small").delete(),
+}
+
+
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_a_commit_has_nothing_of_what_is_done_while_it_is_stored(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one state, that of the freeze; and the power may go before the next one."""
+    world = World(tmp_path, CHUNK, random.Random(1))
+    pool = world.open()
+    for name in ("small", "large", "shared"):
+        pool.create_layer(name, 400 * CHUNK)
+    for name, offset in (("small", 0), ("large", 0), ("large", 300 * CHUNK), ("shared", 0), ("shared", 300 * CHUNK)):
+        pool.layer(name).pwrite(name.encode() * 3000, offset)
+    pool.commit()
+    for layer in pool.layers():
+        layer.pwrite(b"changed", 5 * CHUNK)  # so that all maps are in the next commit
+    pool.create_layer("empty", 400 * CHUNK)
+    pool.layer("shared").snapshot("shared@1")
+    before = {layer.name: layer.pread(layer.size, 0) for layer in pool.layers()}
+    sync, changes = pool.engine.sync, [MEANWHILE[what]]
+
+    def change_and_sync() -> None:
+        while changes:
+            changes.pop()(pool)
+        sync()
+
+    monkeypatch.setattr(pool.engine, "sync", change_and_sync)
+    pool.commit()
+    assert not changes
+    invariants.check(world.records.of_kind, CHUNK, world.disk.read)
+    pool.engine.close()
+    pool = world.open()
+    for name, content in before.items():
+        assert pool.layer(name).pread(len(content), 0) == content, name
     pool.engine.close()

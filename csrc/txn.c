@@ -257,7 +257,7 @@ static int reclaim_all(tp_pool *pool) {
   } while (rc == 1);
   if (rc == TP_OK) rc = tp_flush(pool); /* what was freed may be reused now */
   while (rc == TP_OK && tp_punch(pool, UINT64_MAX) == 1) continue;
-  return rc;
+  return rc == TP_OK ? tp_flush(pool) : rc; /* nor is what is punched, before that is stored */
 }
 
 int make_room(tp_pool *pool, int reason, int attempt) {

@@ -127,6 +127,19 @@ def test_a_full_pool_without_trash_is_full(pool_path: Path) -> None:
             layer.pwrite(b"x" * 17 * MIB, 0)
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_what_was_deleted_makes_room_at_once(pool_path: Path, background: bool) -> None:
+    Pool.create(pool_path, chunk_size="16K", capacity="16M").close()
+    with Pool.open(pool_path, background=background) as pool:
+        layer = pool.create_layer("a", "1G")
+        layer.pwrite(b"a" * 8 * MIB, 0)
+        layer.snapshot("snapshot")
+        with pytest.raises(thinpool.OutOfSpace):
+            layer.pwrite(b"b" * 9 * MIB, 0)
+        pool.layer("snapshot").delete()
+        layer.pwrite(b"c" * 7 * MIB, 8 * MIB)
+
+
 def test_programs_delete_for_good(pool_path: Path) -> None:
     with Pool.create(pool_path) as pool:
         pool.create_layer("a", "1G").delete()

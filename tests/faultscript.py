@@ -15,6 +15,7 @@ import pytest
 from crashworld import GARBAGE
 
 from thinpool import Layer, Pool
+from thinpool.compacting import merge_all, move_down
 from thinpool.errors import PoolFailed, ThinpoolError
 
 BLOCK = 4096
@@ -52,6 +53,12 @@ def _share(pool: Pool) -> None:
     pool.layer("web").handle.map_shared(12, chunk)
     pool.engine.revoke()
     assert pool.layer("web").handle.equal(_pread(pool.layer("base"), CHUNK, CHUNK), 12 * CHUNK)
+
+
+def _compact(pool: Pool) -> None:
+    """Moves what has no place among the first chunks otherwise."""
+    merge_all([layer.handle for layer in pool.layers()], lambda *_: None)
+    move_down(pool.engine, pool._committer, lambda *_: None, pool.engine.info().allocated_chunks + 2)
 
 
 def _read(name: str) -> Step:
@@ -111,6 +118,15 @@ SCRIPT: list[Step] = [
     _write("late", 8, 100, 6 * CHUNK),  # chunks with old bytes
     _read("late"),
     FLUSH,
+    (lambda pool: pool.layer("web").handle.checksum(0, SIZE - 5000), _nothing),
+    _write("base", 9, 13 * CHUNK, 2 * CHUNK),
+    _write("base", 0, 2 * CHUNK, 2 * CHUNK),
+    (lambda pool: pool.layer("base").write_zeroes(2 * CHUNK, CHUNK), lambda state: _put(state, "base", 2 * CHUNK, bytes(CHUNK))),
+    (lambda pool: pool.layer("base").sparsify(), _nothing),
+    FLUSH,
+    (lambda pool: pool.layer("late").delete(), lambda state: state.pop("late")),
+    (_compact, None),
+    (_read("web")),
 ]
 
 

@@ -53,12 +53,13 @@ def run(*words: str | Path, check: bool = True) -> subprocess.CompletedProcess[s
     return done
 
 
-def processes(word: str) -> list[int]:
-    """Those that have it in their command line, but for this one."""
+def processes(*words: str) -> list[int]:
+    """Those that have all of these in their command line, but for this one."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if word in (directory / "cmdline").read_bytes().decode(errors="replace") and int(directory.name) != os.getpid():
+            line = (directory / "cmdline").read_bytes().decode(errors="replace")
+            if all(word in line for word in words) and int(directory.name) != os.getpid():
                 found.append(int(directory.name))
     return found
 
@@ -198,7 +199,7 @@ class Soak:
         take_over(self.path).close()
 
     def _keepers(self) -> list[int]:
-        return [pid for pid in processes("keeping.keeper") if str(self.path / "run") in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+        return processes("keeping.keeper", str(self.path / "run"))
 
     def _kill_keeper(self) -> None:
         before = self._keepers()

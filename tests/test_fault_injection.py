@@ -96,6 +96,12 @@ class _FaultyDisk(Disk):
             super()._resize(ctx, length)
         return -self._world.fault if fails else 0
 
+    def _cut(self, ctx: Any, length: int) -> int:
+        fails = self._world.call("cut") and self._world.fault != SHORT
+        if not fails or self._world.late:
+            super()._cut(ctx, length)
+        return -self._world.fault if fails else 0
+
 
 class _FaultyRecords(Records):
     _world: FaultyWorld

@@ -238,7 +238,7 @@ def test_a_pool_in_use_is_not_repaired(sound_pool: World, tmp_path: Path) -> Non
     sound_pool.restore(command.pool)
     with Pool.open(command.pool):
         code, message = command.fails("repair")
-    assert code == 4 and "is open in process" in message
+    assert code == 4 and "is open in process" in message and "only while nobody has it open" in message
 
 
 def test_the_command(sound_pool: World, tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ class Compacted:
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes of a layer, and what there is to say about them."""
+
+    layer: str
+    offset: int
+    length: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """A layer in use: its block device, and where it is mounted (``None``: not). ``owner`` is the pid whose end takes it
     down (0: it stays until detached), ``purpose`` one of ``attach``, ``mount``, ``run``; ``container`` a running container's name."""

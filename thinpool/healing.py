@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .api import Progress
+from .api import Progress, Range
 from .digests import has_its_content
 from .engine import _core, _ffi
 from .errors import DamagedError, DiskError, PoolBusy
@@ -21,7 +21,7 @@ from .layer import Layer
 from .pool import Pool
 from .poolfiles import PoolFiles
 from .recovery.checksums import checksum_of
-from .recovery.report import Range, Report, joined
+from .recovery.report import Report, joined
 from .recovery.scrub import Place, scrub_chunks
 
 

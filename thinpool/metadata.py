@@ -101,6 +101,10 @@ def _sum(values: Iterable[Any]) -> int:
         raise DamagedError("damaged metadata: a record is shorter than its checksum") from None
 
 
+class PinLost(Exception):
+    """A state that was pinned was let go of, and may have been overwritten while it was read: read another one."""
+
+
 class Metadata:
     """The open metadata store of one pool."""
 
@@ -110,6 +114,7 @@ class Metadata:
         self.read_only = read_only
         # In the order they are taken. The environment changes under all of them, the size of the map while nobody reads or writes.
         self._writes, self._copies, self._reads = threading.Lock(), threading.Lock(), threading.Lock()
+        self._map_changes = 0  # how often all transactions were ended for it
         self._reserved_to = 0  # bytes of the store's file that are known to be allocated
         self._open(create=create, read_only=read_only)
         self._snapshot = self._env.begin(buffers=True) if read_only else None
@@ -226,6 +231,19 @@ class Metadata:
                 oldest = min(oldest, int(fields[2]))
         return oldest
 
+    @contextmanager
+    def pinned(self) -> Iterator[int]:
+        """As :func:`pinned`, for who has the environment open. Raises PinLost at the end where it has grown meanwhile."""
+        with _lmdb_errors(self.path), self._reads:
+            txn, map_changes = self._env.begin(), self._map_changes
+        try:
+            yield int(txn.id())
+        finally:
+            with suppress(lmdb.Error):  # it went with the map
+                txn.abort()
+            if self._map_changes != map_changes:
+                raise PinLost
+
     def last_txn(self) -> int:
         """The number of the newest transaction."""
         return int(self._env.info()["last_txnid"])
@@ -330,6 +348,7 @@ class Metadata:
                         return int(txn.id())
                 except lmdb.MapFullError:
                     with self._reads:
+                        self._map_changes += 1
                         self._env.set_mapsize(self._env.info()["map_size"] * 2)
                 except ThinpoolError as error:
                     if self._is_stuck():
@@ -343,6 +362,7 @@ class Metadata:
                 self._env.begin().abort()
             except lmdb.PanicError:
                 self._writable = False
+                self._map_changes += 1
                 self._env.close()
                 with suppress(ThinpoolError):
                     self._open(create=False, read_only=True)

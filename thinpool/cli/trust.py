@@ -195,7 +195,7 @@ def trim(ctx: typer.Context, pool: options.Pool = None) -> None:
 def _scrub(path: Path, report: Report) -> None:
     from ..digests import has_its_content
     from ..pool import Pool
-    from ..recovery.report import Range
+    from ..api import Range
     from ..recovery.scrub import scrub_chunks
 
     report.mode = "scrub"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..api import Progress
+from ..api import Progress, Range
 from ..engine import BLOCK_SIZE, CHECKSUM, CHUNK_PAGE, MAP, NODE, NODE_PAGE, SUMMARY
 from ..errors import DamagedError
 from ..metadata import DOCUMENT, FINGERPRINT, unframe
@@ -21,7 +21,7 @@ from ..poolfiles import PoolFiles
 from .checksums import Checksums
 from .nodes import LayerMap, NodeTable, lost_ranges
 from .records import PAGE_VALUES, NodeReader, References, compare, key_of, new_page, read_page, stray_checksum, varints
-from .report import Range, Report, joined
+from .report import Report, joined
 from .stored import Counters, StoredState
 
 MEMORY_BYTES = 256 << 20

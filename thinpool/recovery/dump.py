@@ -26,7 +26,7 @@ from ..records import Record
 from .check import read_tables
 from .nodes import LayerMap
 from .records import CHECKSUM_VALUES, FANOUT, LEVELS_MAX, NodeReader, key_of, make_page, new_page, of_varints, read_page
-from .repair import Repair, make_anew
+from .repair import Repair, make_anew, take_alone
 from .report import Report
 from .stored import StoredState
 
@@ -135,7 +135,7 @@ def restore(path: Path, source: IO[bytes]) -> Repair:
     files = PoolFiles(path)
     with ExitStack() as undo:
         undo.callback(files.close)
-        files.lock()
+        take_alone(files)
         loaded = files.path / "meta.loaded"
         shutil.rmtree(loaded, ignore_errors=True)
         loaded.mkdir(mode=0o700)

@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ..api import Range
 from .records import FANOUT, LEVELS_MAX, NodeReader, References
-from .report import Range
 
 DAMAGED = 255  # in place of the level
 

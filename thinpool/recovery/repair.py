@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..api import Progress
+from ..api import Progress, Range
 from ..catalog import LayerRecord
 from ..engine import CHECKSUM, CHUNK_PAGE, MAP, NODE, NODE_PAGE, STATE, SUMMARY
-from ..errors import DamagedError
+from ..errors import DamagedError, PoolBusy
 from ..metadata import DOCUMENT, FORMAT_VERSION, KNOWN_READ_COMPATIBLE, Metadata, unframe
 from ..poolfiles import PoolFiles
 from ..records import Record
@@ -35,7 +35,7 @@ from .check import MEMORY_BYTES, check, check_state
 from .checksums import Checksums
 from .nodes import LayerMap, NodeTable, lost_ranges
 from .records import CHECKSUM_VALUES, FANOUT, PAGE_VALUES, NodeReader, References, key_of, make_page, new_page, of_varints, varints
-from .report import Range, Report, joined
+from .report import Report, joined
 from .salvage import Salvage
 from .stored import StoredState
 
@@ -70,7 +70,7 @@ def repair(path: Path, *, leaks_only: bool = False, chunk_size: int = 0, memory_
     files.require_pool()
     with ExitStack() as undo:
         undo.callback(files.close)
-        files.lock()
+        take_alone(files)
         done = Repair(check(path, memory_bytes=memory_bytes, progress=progress))
         if not done.before.corruptions and not done.before.leaks:
             return done
@@ -88,12 +88,20 @@ def restore_metadata(path: Path, backup: Path, *, memory_bytes: int = MEMORY_BYT
     files = PoolFiles(path)
     with ExitStack() as undo:
         undo.callback(files.close)
-        files.lock()
+        take_alone(files)
         done = Repair(Report("full"))
         with StoredState(backup, done.before.corrupt) as state:
             check_state(state, files, done.before, memory_bytes=memory_bytes)
         make_anew(files, backup, done, memory_bytes=memory_bytes)
     return done
+
+
+def take_alone(files: PoolFiles) -> None:
+    """The lock, for who puts other metadata in place. Raises PoolBusy."""
+    try:
+        files.lock()
+    except PoolBusy as busy:
+        raise PoolBusy(f"{busy}: its metadata is repaired or replaced only while nobody has it open, so end that process first", busy.pid) from None
 
 
 def make_anew(files: PoolFiles, source: Path, done: Repair, chunk_size: int = 0, memory_bytes: int = MEMORY_BYTES) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..api import Range
+
 CORRUPTION, LEAK = "corruption", "leak"
 _LISTED_MAX = 1000
 
@@ -17,16 +19,6 @@ class Problem:
     kind: str
     invariant: str
     message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bytes of a layer that a problem concerns."""
-
-    layer: str
-    offset: int
-    length: int
-    why: str
 
 
 @dataclass

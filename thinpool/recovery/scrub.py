@@ -4,58 +4,92 @@ free clean ones are zeros (I6). In the order in which they lie there, a chunk at
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..api import Progress
 from ..engine import CHUNK_PAGE, is_zero
 from ..poolfiles import PoolFiles
-from .check import places_of_chunks, ranges_of_chunks, read_tables
+from .check import Tables, places_of_chunks, ranges_of_chunks, read_tables
 from .checksums import Checksums, checksum_of, stored_checksums
 from .records import PAGE_VALUES, new_page, read_page
 from .report import Report
-from .stored import StoredState
+from .stored import Pin, StoredState
 
 _CONFIRMATIONS = 5
 _SUSPECTS_MAX = 1 << 16  # of each kind, to be looked at again
 
 Place = tuple[str, int, int]
 """(layer, offset, length) of what a layer has in a chunk, in bytes."""
+Places = dict[int, tuple[int, list[Place]]]
+"""By chunk: its checksum (0: none), and what layers have in it."""
 
 
-def scrub_chunks(path: Path, report: Report, progress: Progress | None = None) -> dict[int, tuple[int, list[Place]]]:
-    """Adds what is wrong with the chunks of the pool in ``path``, which may be in use. ``progress``: bytes, of the data file's length.
+def scrub_chunks(path: Path, report: Report, progress: Progress | None = None, pin: Pin | None = None) -> Places:
+    """Adds what is wrong with the chunks of the pool in ``path``, which may be in use; by this process, where ``pin`` is given (as :class:`StoredState` has
+    it). ``progress``: bytes, of the data file's length.
 
-    The chunks that are not what their checksums say, each with its checksum and what layers have in it.
+    The chunks that are not what their checksums say.
     """
-    files = PoolFiles(path)
-    files.open_data(read_only=True)
-    try:
-        scrub = _Scrub(files, report)
-        with StoredState(files.meta, lambda _: None) as state:
+    with _open_data(path) as files:
+        scrub = _Scrub(files, report, pin)
+        with scrub.state() as state:
             unreadable = scrub.run(state, progress)
         scrub.confirm_clean()
         wrong = scrub.confirm_wrong()
         if not wrong and not unreadable:
             return {}
-        with StoredState(files.meta, lambda _: None) as state:
+        with scrub.state() as state:
             tables = read_tables(state, Report("full"))
             report.add_ranges(ranges_of_chunks(state, tables, unreadable.__contains__, "the host's disk cannot read it"))
             report.add_ranges(ranges_of_chunks(state, tables, wrong.__contains__, "it is not what its checksum says"))
-            found: dict[int, tuple[int, list[Place]]] = {chunk: (checksum, []) for chunk, checksum in sorted(wrong.items())}
-            for chunk, layer_id, offset, length in places_of_chunks(state, tables, wrong.__contains__):
-                found[chunk][1].append((tables.names[layer_id], offset, length))
-            return found
+            return _places(state, tables, wrong)
+
+
+def look_again(path: Path, chunks: Collection[int], chunk_size: int, pin: Pin | None = None) -> Places:
+    """The chunks, which were not what their checksums say, as they are in the newest committed state: without those that are what theirs say by now."""
+    with _open_data(path) as files:
+        scrub = _Scrub(files, Report("scrub"), pin)
+        scrub.chunk_size = chunk_size
+        scrub.suspect(chunks)
+        wrong = scrub.confirm_wrong()
+        with scrub.state() as state:
+            right = stored_checksums(state, chunks).keys() - wrong.keys()
+            return _places(state, read_tables(state, Report("full")), dict.fromkeys(set(chunks) - right, 0) | wrong)
+
+
+@contextmanager
+def _open_data(path: Path) -> Iterator[PoolFiles]:
+    files = PoolFiles(path)
+    files.open_data(read_only=True)
+    try:
+        yield files
     finally:
         files.close()
 
 
+def _places(state: StoredState, tables: Tables, checksums: Mapping[int, int]) -> Places:
+    found: Places = {chunk: (checksum, []) for chunk, checksum in sorted(checksums.items())}
+    for chunk, layer_id, offset, length in places_of_chunks(state, tables, checksums.__contains__):
+        found[chunk][1].append((tables.names[layer_id], offset, length))
+    return found
+
+
 class _Scrub:
-    def __init__(self, files: PoolFiles, report: Report) -> None:
-        self._files, self._report = files, report
+    def __init__(self, files: PoolFiles, report: Report, pin: Pin | None = None) -> None:
+        self._files, self._report, self._pin = files, report, pin
         self._suspects: set[int] = set()  # free, and not zeros
         self._wrong: set[int] = set()  # not what their checksums say
         self.chunk_size = 0
+
+    def state(self) -> StoredState:
+        """The newest one."""
+        return StoredState(self._files.meta, lambda _: None, self._pin)
+
+    def suspect(self, chunks: Collection[int]) -> None:
+        """These may not be what their checksums say."""
+        self._wrong |= set(chunks)
 
     def run(self, state: StoredState, progress: Progress | None) -> set[int]:
         """Reads all that holds data, and what has a checksum; the chunks in use that cannot be read."""
@@ -124,7 +158,7 @@ class _Scrub:
             return 0
 
     def _stored(self) -> dict[int, int]:
-        with StoredState(self._files.meta, lambda _: None) as state:
+        with self.state() as state:
             return stored_checksums(state, self._wrong)
 
     def confirm_clean(self) -> None:
@@ -141,7 +175,7 @@ class _Scrub:
 
     def _still_clean(self) -> int:
         """Keeps the suspects that no transaction may be using in the newest state; that state's number."""
-        with StoredState(self._files.meta, lambda _: None) as state:
+        with self.state() as state:
             counters, _, window = state.state()
             pages, clean = {chunk // PAGE_VALUES for chunk in self._suspects} - set(window or ()), set()
             for page, value in state.chunk_pages(counters.pages if counters else 0):

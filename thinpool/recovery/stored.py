@@ -7,9 +7,10 @@ the chunks that it names to anybody else.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,9 @@ from .records import key_of, varints
 _NO_DATABASE = Database(0, 0, 0, 2**64 - 1)
 _OPTIONAL = {b"checksums", b"documents"}
 _ATTEMPTS = 5
+
+Pin = Callable[[], AbstractContextManager[int]]
+"""Keeps the newest state as it is, and gives its number. LMDB opens an environment once in a process: who has it open pins by that (``Metadata.pinned``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class Counters:
 
 
 @contextmanager
-def _opened(meta: Path, on_damage: OnDamage) -> Iterator[LmdbFile]:
+def _opened(meta: Path, on_damage: OnDamage, pin: Pin) -> Iterator[LmdbFile]:
     """The newest state, pinned. A writer may commit more than once between the pin and the look, or between the looks at the two meta pages: what
     is really wrong stays so. Raises LookupError."""
     for left in reversed(range(_ATTEMPTS)):
@@ -45,7 +49,7 @@ def _opened(meta: Path, on_damage: OnDamage) -> Iterator[LmdbFile]:
         with ExitStack() as undo:
             txn, file = None, None
             try:
-                txn = undo.enter_context(pinned(meta))
+                txn = undo.enter_context(pin())
             except (DamagedError, DiskError) as error:
                 tell(str(error))
             with suppress(LookupError) if left else nullcontext():
@@ -59,15 +63,15 @@ def _opened(meta: Path, on_damage: OnDamage) -> Iterator[LmdbFile]:
 class StoredState:
     """The records of one committed state. A context manager."""
 
-    def __init__(self, meta: Path, on_damage: OnDamage) -> None:
-        """Of the environment in the directory ``meta``. Raises DamagedError where nothing can be read at all."""
+    def __init__(self, meta: Path, on_damage: OnDamage, pin: Pin | None = None) -> None:
+        """Of the environment in the directory ``meta``; ``None``: which this process has not open. Raises DamagedError where nothing can be read at all."""
         self._on_damage = on_damage
         self.sums = Sums()  # of what was read by now
         self.stored_sums: Sums | None = None  # what they should be; None: not known
         self._names = {kind: name.decode() for kind, name in DATABASE_NAMES.items()}
         with ExitStack() as undo:
             try:
-                self.file = undo.enter_context(_opened(meta, on_damage))
+                self.file = undo.enter_context(_opened(meta, on_damage, pin or partial(pinned, meta)))
                 found = self.file.databases()
             except LookupError as error:
                 raise DamagedError(f"{meta}: {error}") from error

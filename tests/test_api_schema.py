@@ -77,6 +77,10 @@ def schema(pool: thinpool.Pool, directory: Path) -> Any:
                 body["hook"] = "true"
             if isinstance(body.get("address"), str):
                 body["address"] = f"unix:{directory}/files/" + body["address"].replace("/", "_")
+            if isinstance(body.get("sources"), list):
+                body["sources"] = [f"{directory}/files/" + one.replace("/", "_") if str(one).startswith("/") else one for one in body["sources"]]
+            if isinstance(body.get("images"), list):
+                body["images"] = ["127.0.0.1:1/" + one if isinstance(one, str) else one for one in body["images"]]
             if isinstance(body.get("reference"), str):
                 body["reference"] = "127.0.0.1:1/" + body["reference"]
         return body

@@ -10,8 +10,8 @@ import pytest
 from commandline import Command, make_rootfs
 from test_checksums import flip, stored
 
-from thinpool import Pool
-from thinpool.healing import _put, heal
+from thinpool import Healed, Pool
+from thinpool.healing import _put
 
 CHUNK = 65536
 
@@ -46,6 +46,11 @@ def damaged(path: Path, count: int, seed: int = 1) -> list[int]:
     return chunks
 
 
+def heal(path: Path, *sources: Path) -> Healed:
+    with Pool.open(path, background=False) as pool:
+        return pool.heal(sources)
+
+
 def contents(path: Path) -> dict[str, bytes]:
     with Pool.open(path, read_only=True) as pool:
         return {layer.name: layer.pread(layer.size, 0) for layer in pool.layers()}
@@ -66,8 +71,8 @@ def test_from_another_pool(command: Command) -> None:
         pool.compute_digests()
     assert len(damaged(command.pool, 12)) == 12
     assert command.start("check", "--scrub").returncode == 2
-    done = heal(command.pool, [other])
-    assert (done.chunks, done.left, done.differ) == (12, [], [])
+    done = heal(command.pool, other)
+    assert (done.chunks, done.left, done.differ) == (12, (), ())
     assert contents(command.pool) == right
     assert command("check", "--scrub").startswith("scrub check: no errors")
     with Pool.open(command.pool, background=False) as pool:
@@ -95,21 +100,21 @@ def test_what_is_not_found_is_left_and_told(command: Command) -> None:
     other = command.directory / "other"
     filled(other, seed=2)
     (command.directory / "short.raw").write_bytes(right["base"][: 3 * CHUNK])
-    done = heal(command.pool, [other])
-    assert (done.chunks, done.healed) == (10, [])
+    done = heal(command.pool, other)
+    assert (done.chunks, done.healed) == (10, ())
     assert contents(command.pool) == wrong
     run = command.start("repair", "--heal-from", other, "--heal-from", "short.raw", "--json")
     assert run.returncode == 6
     with Pool.open(command.pool, read_only=True) as pool:
         places = {pool.layer("base").handle.chunk_at(index) for index in range(3)}
-    assert len(heal(command.pool, []).left) > 0
+    assert len(heal(command.pool).left) > 0
     with Pool.open(command.pool, background=False) as pool:
         base = pool.layer("base")
         chunk = base.handle.chunk_at(0)
         assert chunk is not None
         assert not _put(base, 0, chunk, bytearray(CHUNK)) and not _put(base, 1, chunk, bytearray(right["base"][:CHUNK]))
         assert _put(base, 0, chunk, bytearray(right["base"][:CHUNK]))
-    assert heal(command.pool, []).chunks == 10 - len(places & set(chunks)) < 10
+    assert heal(command.pool).chunks == 10 - len(places & set(chunks)) < 10
 
 
 def test_a_pool_does_not_heal_itself(command: Command) -> None:
@@ -119,10 +124,11 @@ def test_a_pool_does_not_heal_itself(command: Command) -> None:
     assert code == 4 and "say where else" in message
 
 
-def test_a_pool_in_use_is_left_alone(command: Command) -> None:
+def test_a_source_must_be_there(command: Command) -> None:
     filled(command.pool)
-    with Pool.open(command.pool):
-        assert command.fails("repair", "--heal-from", "/dev/null")[0] == 4
+    for source, code, said in (("./missing", 3, "missing"), (command.directory, 3, "not a pool"), ("No:such:image", 2, "and no image")):
+        found, message = command.fails("repair", "--heal-from", source)
+        assert (found, said in message) == (code, True), message
 
 
 def test_an_image_layer_from_a_pool_that_has_the_image(command: Command) -> None:

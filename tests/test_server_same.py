@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -78,6 +79,24 @@ def test_zeros_become_holes(pool: PoolAPI) -> None:
     assert layer.pread(64 * MIB, 0) == (bytes(3 * MIB) + b"x" * MIB) * 16
     with pytest.raises(thinpool.LayerSealed):
         layer.snapshot("a@1").sparsify()
+
+
+def test_damaged_chunks_are_healed(pool: PoolAPI, tmp_path: Path) -> None:
+    layer = pool.create_layer("a", "1M")
+    layer.pwrite(bytes(range(256)) * 4096, 0)
+    layer.seal()
+    layer.export_raw(tmp_path / "a.raw")
+    pool.compute_digests()
+    with open(pool.path / "data", "r+b") as data:
+        for chunk in (3, 4, 9):
+            os.pwrite(data.fileno(), b"damage", chunk * (64 << 10) + 5000)
+    seen: list[tuple[int, int]] = []
+    assert pool.heal([]).left == tuple(thinpool.Range("a", at << 16, n << 16, "no source has what its checksum says") for at, n in ((3, 2), (9, 1)))
+    done = pool.heal([tmp_path / "a.raw"], progress=lambda done, total: seen.append((done, total)))
+    assert done == thinpool.Healed(3, tuple(thinpool.Range("a", at << 16, n << 16, "healed") for at, n in ((3, 2), (9, 1))), (), ())
+    assert seen
+    assert layer.pread(MIB, 0) == bytes(range(256)) * 4096
+    assert pool.heal([]) == thinpool.Healed(0, (), (), ())
 
 
 def test_snapshots_and_clones_branch(pool: PoolAPI) -> None:
@@ -231,6 +250,7 @@ MISTAKES: dict[str, Callable[[PoolAPI], object]] = {
     "import to a taken name": lambda pool: pool.import_raw(__file__, "a"),
     "rootfs that is no tarball": lambda pool: pool.import_rootfs(__file__, "b", size="64M"),
     "export into a missing directory": lambda pool: pool.layer("a").export_raw("/nonexistent/image"),
+    "heal from a missing file": lambda pool: pool.heal(["/nonexistent/image"]),
     "detach of a layer not attached": lambda pool: pool.layer("a").detach(),
     "unmount of a layer not mounted": lambda pool: pool.layer("a").unmount(),
     "mount on a missing directory": lambda pool: pool.layer("a").mount("/nonexistent/directory"),

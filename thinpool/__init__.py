@@ -19,6 +19,7 @@ from .api import (
     Credentials,
     Event,
     Extent,
+    Healed,
     HistoryEntry,
     Image,
     ImagesAPI,
@@ -27,6 +28,7 @@ from .api import (
     Policy,
     PoolAPI,
     PoolUsage,
+    Range,
     Removed,
     Sparsified,
     Usage,
@@ -88,6 +90,7 @@ Pool.register(
     import_raw=_later("exports.raw", "import_raw"),
     export_raw=_later("exports.raw", "export_raw"),
     import_rootfs=_later("filesystems.rootfs", "import_rootfs"),
+    heal=_later("healing", "heal"),
 )
 
 __version__ = "0.1.0"
@@ -109,6 +112,7 @@ __all__ = [
     "Event",
     "Extent",
     "FormatError",
+    "Healed",
     "HistoryEntry",
     "Image",
     "ImageBusy",
@@ -138,6 +142,7 @@ __all__ = [
     "PoolNotFound",
     "PoolReadOnly",
     "PoolUsage",
+    "Range",
     "RegistryError",
     "Removed",
     "ServerError",

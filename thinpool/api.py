@@ -129,6 +129,17 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class Healed:
+    """What healing came to. ``chunks``: how many were not what their checksums say; ``healed``, ``left``: what layers have in them, in bytes; ``differ``:
+    sealed layers with healed chunks that are not what their content digest says all the same."""
+
+    chunks: int
+    healed: tuple[Range, ...]
+    left: tuple[Range, ...]
+    differ: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """A layer in use: its block device, and where it is mounted (``None``: not). ``owner`` is the pid whose end takes it
     down (0: it stays until detached), ``purpose`` one of ``attach``, ``mount``, ``run``; ``container`` a running container's name."""
@@ -373,6 +384,15 @@ class PoolAPI(Protocol):
     def reclaim(self) -> None: ...
     def compact(self, progress: Progress | None = None) -> Compacted: ...
     def compute_digests(self, progress: Progress | None = None) -> None: ...
+    def heal(
+        self,
+        sources: Sequence[str | Path],
+        *,
+        images: Sequence[str] = (),
+        credentials: Mapping[str, Credentials] | None = None,
+        insecure: bool = False,
+        progress: Progress | None = None,
+    ) -> Healed: ...
     def close(self) -> None: ...
 
 

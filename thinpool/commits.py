@@ -102,7 +102,7 @@ class Committer:
         self._catalog = catalog
         self._lock = lock
         self._window_lock = threading.Lock()
-        self.compacting = threading.Lock()  # one compaction at a time
+        self.compacting, self.healing = threading.Lock(), threading.Lock()  # one of each at a time
         self._failure = ""
         self.look: Callable[[], None] = lambda: None
         """Called when space may be running out: may raise the capacity."""

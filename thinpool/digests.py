@@ -83,6 +83,13 @@ def base_of(layer: Layer) -> Layer | None:
     return base
 
 
+def lineage(layer: Layer | None) -> Iterator[Layer]:
+    """The layer, and what it was made from."""
+    while layer is not None:
+        yield layer
+        layer = layer.parent
+
+
 def _pieces(layer: Layer, base: Layer | None, position: int = 0) -> Iterator[tuple[int, int]]:
     """Ranges in which the layer may differ from its base, from ``position`` on."""
     extents = layer.extents() if base is None else layer.pool.diff(base, layer)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
-from .api import Attachment, ContainersAPI, Extent, ImagesAPI, LayerAPI, Progress, Size, UsesAPI
+from .api import Attachment, ContainersAPI, Extent, Healed, ImagesAPI, LayerAPI, Progress, Size, UsesAPI
 from .catalog import PARTIAL_LABEL, TRASH_LABEL, Catalog, LayerRecord
 from .closing import open_pools
 from .commits import Committer, Fingerprints, Housekeeper, drain
@@ -54,6 +54,7 @@ class Pool:
     _import_raw: ClassVar[Callable[..., Layer]]
     _export_raw: ClassVar[Callable[..., None]]
     _import_rootfs: ClassVar[Callable[..., Layer]]
+    _heal: ClassVar[Callable[..., Healed]]
 
     # --- opening and closing ---
 
@@ -408,7 +409,7 @@ class Pool:
 
     @classmethod
     def register(cls, **makers: Callable[..., Any]) -> None:
-        """Sets who does what: ``make_uses``, ``make_images``, ``make_containers``, ``import_raw``, ``export_raw``, ``import_rootfs``."""
+        """Sets who does what: ``make_uses``, ``make_images``, ``make_containers``, ``import_raw``, ``export_raw``, ``import_rootfs``, ``heal``."""
         for name, maker in makers.items():
             setattr(cls, f"_{name}", staticmethod(maker))
 
@@ -473,3 +474,7 @@ class Pool:
         """
         self._require_writable()
         return type(self)._import_rootfs(self, Path(path), name, **options)
+
+    def heal(self, sources: Sequence[str | Path], **options: Any) -> Healed:
+        """Heals damaged chunks, also while they are in use; :func:`thinpool.healing.heal` says how."""
+        return type(self)._heal(self, sources, **options)

@@ -7,6 +7,7 @@
     meta.new/   another one, while it is being made
     meta.kept-N/    one that was replaced: by a repair, or from a backup
     meta.backups/   copies of it, made now and then
+    healing/    another pool, while chunks are healed from an image
     lock        held (flock) by the one process that has the pool open for writing; holds its pid
     server.sock, server.log, run/   the pool's server, while there is one
 """
@@ -29,6 +30,7 @@ class PoolFiles:
         self.path = path
         self.data = path / "data"
         self.meta = path / "meta"
+        self.healing = path / "healing"
         self.data_fd = -1
         self.lock_fd = -1
 
@@ -101,12 +103,17 @@ class PoolFiles:
     def lock(self, held: int = -1) -> None:
         """Makes this process the pool's writer; ``held``: by a lock that another process took, and gave to this one.
 
-        Raises PoolBusy with the pid of whoever is.
+        What a writer that was killed has left on the disk is removed. Raises PoolBusy with the pid of whoever is.
         """
         fd = os.dup(held) if held >= 0 else self._take_lock()
         self.lock_fd = fd
+        self.remove_healing()
         with suppress(OSError):  # only for messages; on a full disk there may be no room, so that the block it has is not given away first
             os.pwrite(fd, b"%-31d\n" % os.getpid(), 0)
+
+    def remove_healing(self) -> None:
+        """Removes the pool that chunks were healed from, if there is one. The lock is held."""
+        shutil.rmtree(self.healing, ignore_errors=True)
 
     def _take_lock(self) -> int:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -45,7 +45,7 @@ def pull(
     ctx: typer.Context, reference: InRegistry, platform: Platform = None, size: BaseSize = "10G", insecure: Insecure = False, pool: options.Pool = None
 ) -> None:
     """Fetch an image from a registry; only layers that the pool lacks are fetched."""
-    known = _credentials(reference)
+    known = docker_credentials(reference)
     with opened(ctx, pool) as p, progress_bar(f"pulling {reference}") as progress:
         image = p.images.pull(reference, platform=platform, credentials=known, insecure=insecure, size=size, progress=progress)
     print(image.id)
@@ -53,7 +53,7 @@ def pull(
 
 def push(ctx: typer.Context, reference: Reference, insecure: Insecure = False, pool: options.Pool = None) -> None:
     """Give an image to the registry that its name says, and print its digest there."""
-    known = _credentials(reference)
+    known = docker_credentials(reference)
     with opened(ctx, pool) as p, progress_bar(f"pushing {reference}") as progress:
         print(p.images.push(reference, credentials=known, insecure=insecure, progress=progress))
 
@@ -208,7 +208,7 @@ def _print_removed(removed: Removed) -> None:
         print(f"Deleted: {deleted}")
 
 
-def _credentials(reference: str) -> Credentials:
+def docker_credentials(reference: str) -> Credentials:
     """Those of Docker's configuration, where DOCKER_CONFIG says; none is none, and not some other user's."""
     from ..images.credentials import credentials_for
     from ..images.reference import Reference as ImageName

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import DamagedError, DiskError, ThinpoolError
+from ..api import Healed, Range
+from ..errors import BadReference, DamagedError, DiskError, PoolBusy, ThinpoolError
 from ..units import format_size, parse_size
 from . import options
 from .exits import DAMAGED, FAILED, message_of
+from .images import Insecure, docker_credentials
 from .options import opened, pool_path
 from .show import format_time, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from ..healing import Healed
-    from ..layer import Layer
     from ..recovery.repair import Repair
     from ..recovery.report import Report
 
@@ -75,30 +75,36 @@ def repair(
     ctx: typer.Context,
     leaks: Annotated[bool, typer.Option("--leaks", help="Only if there are leaks and no corruption.")] = False,
     heal_from: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            metavar="SOURCE", help="Then heal chunks from there: another pool, a raw image of a layer, a device. May be given again.", show_default=False
+            metavar="SOURCE",
+            help="Then heal chunks, also of a pool in use, from another pool, a raw image of a layer, a device, or an image in a registry. May be given again.",
+            show_default=False,
         ),
     ] = None,
+    insecure: Insecure = False,
     chunk_size: Annotated[str, typer.Option(help="For a pool that has lost even that.", show_default=False)] = "0",
     as_json: options.AsJson = False,
     pool: options.Pool = None,
 ) -> None:
     """Make counts and space anew from the maps, and keep what can be read of damaged maps. The old metadata is kept.
 
+    Nobody else may have the pool open, unless there is nothing to do but to heal chunks.
+
     JSON: before (what check found), kept (where the old metadata is; empty: nothing was done), lost (ranges: layer, offset, length,
     why), renamed (old name to new), found (layers whose map, name or place was lost), dropped (names of layers of which nothing is left).
     With --heal-from, data: chunks (how many were not what their checksums say), healed and left (ranges), differ (layers that are not what their content
     digest says all the same).
     """
-    from ..recovery.repair import repair as repair_pool
-
-    path = pool_path(ctx, pool)
-    with progress_bar("checking") as progress:
-        done = repair_pool(path, leaks_only=leaks, chunk_size=parse_size(chunk_size), progress=progress)
-    healed = _heal(path, heal_from) if heal_from else None
+    sources, images = _parted(heal_from or [])
+    done = _repaired(pool_path(ctx, pool), heals=bool(heal_from), leaks_only=leaks, chunk_size=parse_size(chunk_size))
+    healed = None
+    if heal_from:
+        known = {image: docker_credentials(image) for image in images}
+        with opened(ctx, pool) as p, progress_bar("healing") as progress:
+            healed = p.heal(sources, images=images, credentials=known, insecure=insecure, progress=progress)
     if as_json:
-        print_json(done.as_json() | ({} if healed is None else {"data": healed.as_json()}))
+        print_json(done.as_json() | ({} if healed is None else {"data": asdict(healed)}))
     else:
         _print_repaired(done)
         if healed is not None:
@@ -107,11 +113,36 @@ def repair(
         raise typer.Exit(DAMAGED)
 
 
-def _heal(path: Path, sources: list[Path]) -> Healed:
-    from ..healing import heal
+def _parted(given: list[str]) -> tuple[list[Path], list[str]]:
+    """Paths, and the names of images: what is no file here."""
+    from ..images.reference import Reference
 
-    with progress_bar("reading chunks") as progress:
-        return heal(path, sources, progress)
+    paths = [one for one in given if one.startswith(("/", ".")) or os.path.exists(one)]
+    images = [one for one in given if one not in paths]
+    for one in images:
+        try:
+            Reference.parse(one)
+        except BadReference as error:
+            raise BadReference(f"no file {one!r}, and no image: {error}") from None
+    return [Path(one) for one in paths], images
+
+
+def _repaired(path: Path, *, heals: bool, **how: Any) -> Repair:
+    """A repair. Of a pool that somebody has open, where chunks are to be healed, that its metadata needs none."""
+    from ..recovery.check import check as check_pool
+    from ..recovery.repair import Repair
+    from ..recovery.repair import repair as repair_pool
+
+    with progress_bar("checking") as progress:
+        try:
+            return repair_pool(path, progress=progress, **how)
+        except PoolBusy as busy:
+            if not heals:
+                raise
+            found = Repair(check_pool(path, progress=progress))
+            if found.before.corruptions or found.before.leaks:
+                raise PoolBusy(f"{found.before.corruptions} corruptions and {found.before.leaks} leaks are to be repaired first: {busy}", busy.pid) from None
+            return found
 
 
 def _print_repaired(done: Repair) -> None:
@@ -193,9 +224,8 @@ def trim(ctx: typer.Context, pool: options.Pool = None) -> None:
 
 
 def _scrub(path: Path, report: Report) -> None:
-    from ..digests import has_its_content
+    from ..digests import has_its_content, lineage
     from ..pool import Pool
-    from ..api import Range
     from ..recovery.scrub import scrub_chunks
 
     report.mode = "scrub"
@@ -206,7 +236,7 @@ def _scrub(path: Path, report: Report) -> None:
         told = {name for _, places in wrong.values() for name, _, _ in places}
         with Pool.open(path, read_only=True) as opened:
             for layer in opened.layers():
-                if any(one.name in told for one in _with_ancestors(layer)):  # which of its bytes are wrong is known better
+                if any(one.name in told for one in lineage(layer)):  # which of its bytes are wrong is known better
                     continue
                 try:
                     found = has_its_content(layer)
@@ -218,12 +248,6 @@ def _scrub(path: Path, report: Report) -> None:
                     report.add_ranges(iter([Range(layer.name, 0, layer.size, "somewhere in it: its content digest does not fit")]))
     except DamagedError as error:
         report.corrupt(message_of(error))
-
-
-def _with_ancestors(layer: Layer | None) -> Iterator[Layer]:
-    while layer is not None:
-        yield layer
-        layer = layer.parent
 
 
 def _print(report: Report) -> None:

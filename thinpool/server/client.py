@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from ..api import Attachment, Buffer, Compacted, Event, Extent, LayerAPI, Limits, Policy, PoolUsage, Progress, Size, Sparsified, Usage, Via
+from ..api import (
+    Attachment,
+    Buffer,
+    Compacted,
+    Credentials,
+    Event,
+    Extent,
+    Healed,
+    LayerAPI,
+    Limits,
+    Policy,
+    PoolUsage,
+    Progress,
+    Size,
+    Sparsified,
+    Usage,
+    Via,
+)
 from ..metrics import PoolMetrics
-from .remote import RemoteContainers, RemoteImages, follow
+from .remote import RemoteContainers, RemoteImages, credentials_of, follow
 from .transport import Transport
-from .wire import LayerRecord, decode_extents
+from .wire import LayerRecord, decode_extents, decode_healed
 
 IO_BYTES = 16 << 20  # the most that one request reads or writes
 
@@ -161,6 +178,20 @@ class RemotePool:
     def compact(self, progress: Progress | None = None) -> Compacted:
         """Makes the data file as short as its content allows, while all of it is in use. Raises OutOfSpace."""
         return Compacted(**follow(self._transport.lines("POST", "/pool/compact"), progress))
+
+    def heal(
+        self,
+        sources: Sequence[str | Path],
+        *,
+        images: Sequence[str] = (),
+        credentials: Mapping[str, Credentials] | None = None,
+        insecure: bool = False,
+        progress: Progress | None = None,
+    ) -> Healed:
+        """Heals damaged chunks from other pools, raw images, devices, and images in registries, while they are in use. Raises PoolBusy, RegistryError."""
+        known = {image: credentials_of(image, (credentials or {}).get(image)) for image in images}
+        body = {"sources": [os.path.abspath(one) for one in sources], "images": list(images), "credentials": known, "insecure": insecure}
+        return decode_healed(follow(self._transport.lines("POST", "/pool/heal", body), progress))
 
     def compute_digests(self, progress: Progress | None = None) -> None:
         """Gives sealed layers the content digests that they lack, and lets equal ones share all."""

@@ -5,16 +5,34 @@ from __future__ import annotations
 import os
 import pathlib
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from ..api import Attachment, Compacted, LayerAPI, Policy, PoolUsage
+from ..api import Attachment, Compacted, Healed, LayerAPI, Policy, PoolUsage, Progress
 from ..metrics import PoolMetrics
 from .endpoints import call, change
 from .schema import EVENTS, failures, lines_of, operation_id
-from .state import Flag, GateOf, Labels, LayersOf, LocalPoolOf, Name, NameOrId, OptionalPath, Path, PolicyBody, PoolOf, SizeField, TcpOf
+from .state import (
+    CredentialsByName,
+    Flag,
+    GateOf,
+    Labels,
+    LayersOf,
+    LocalPoolOf,
+    Name,
+    NameOrId,
+    OptionalNames,
+    OptionalPath,
+    Path,
+    Paths,
+    PolicyBody,
+    PoolOf,
+    SizeField,
+    TcpOf,
+)
 from .streams import event_lines, extent_lines, work_lines
 from .tcp import listener_at
 from .wire import API, Greeting, LayerRecord, records_of
@@ -87,6 +105,18 @@ def reclaim(pool: PoolOf) -> None:
 async def compact(gate: GateOf, pool: PoolOf) -> Response:
     """Makes the data file as short as its content allows, while all of it is in use."""
     return await work_lines(gate, lambda progress: asdict(pool.compact(progress)))
+
+
+@router.post("/pool/heal", response_class=Response, responses=lines_of(Healed) | failures(404, 409, 502, 507))
+async def heal(
+    gate: GateOf, pool: PoolOf, sources: Paths, images: OptionalNames = None, credentials: CredentialsByName = None, insecure: Flag = None
+) -> Response:
+    """Heals chunks that are not what their checksums say: from other pools, raw images and devices of the server's host, then from images in registries."""
+
+    def work(progress: Progress) -> Any:
+        return asdict(pool.heal(sources, images=images or (), credentials=credentials, insecure=bool(insecure), progress=progress))
+
+    return await work_lines(gate, work)
 
 
 @router.post("/pool/digests", response_class=Response, responses=lines_of(None))

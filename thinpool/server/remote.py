@@ -64,13 +64,13 @@ class RemoteImages(_Verbs):
         progress: Progress | None = None,
     ) -> Image:
         """Takes an image from a registry; only layers that the pool lacks are fetched. Raises RegistryError, BadReference."""
-        known = _credentials(reference, credentials)
+        known = credentials_of(reference, credentials)
         answer = self._work(progress, "pull", reference=reference, platform=platform, credentials=known, insecure=insecure, size=size)
         return decode_record(Image, answer)
 
     def push(self, reference: str, *, credentials: Credentials | None = None, insecure: bool = False, progress: Progress | None = None) -> str:
         """Gives an image to a registry; the digest of its manifest there. Raises RegistryError, ImageNotFound."""
-        return str(self._work(progress, "push", reference=reference, credentials=_credentials(reference, credentials), insecure=insecure))
+        return str(self._work(progress, "push", reference=reference, credentials=credentials_of(reference, credentials), insecure=insecure))
 
     def save(
         self,
@@ -196,7 +196,7 @@ def follow(lines: Iterator[Json], progress: Progress | None) -> Any:
     raise ServerError("the pool's server ended its answer without a result")
 
 
-def _credentials(reference: str, given: Credentials | None) -> Json:
+def credentials_of(reference: str, given: Credentials | None) -> Json:
     """The asking user's credentials, also where there are none: the server must not look for its own."""
     from ..images.credentials import credentials_for
     from ..images.reference import Reference

@@ -17,7 +17,7 @@ from fastapi import Body, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter
 
-from ..api import LayerAPI, Limits, Policy, PoolAPI, Via
+from ..api import Credentials, LayerAPI, Limits, Policy, PoolAPI, Via
 from ..errors import LayerDeleted
 from ..pool import Pool
 from .tcp import TcpListeners
@@ -156,6 +156,7 @@ PolicyBody = Annotated[Policy, _exactly(Policy)]
 _field = Body(embed=True)
 Name = Annotated[StrictStr, _field]
 Path = Annotated[HostPath, _field]
+Paths = Annotated[list[HostPath], _field]
 Number = Annotated[StrictInt, _field]
 SizeField = Annotated[SizeValue, _field]
 Labels = Annotated[dict[StrictStr, StrictStr] | None, _field]
@@ -163,5 +164,7 @@ NameOrId = Annotated[StrictInt | StrictStr, _field]
 Flag = Annotated[StrictBool | None, _field]
 OptionalSize = Annotated[SizeValue | None, _field]
 OptionalName = Annotated[StrictStr | None, _field]
+OptionalNames = Annotated[list[StrictStr] | None, _field]
 OptionalPath = Annotated[HostPath | None, _field]
+CredentialsByName = Annotated[dict[StrictStr, Annotated[Credentials, _exactly(Credentials)]] | None, _field]
 ViaField = Annotated[Via, _field]

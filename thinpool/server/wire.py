@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import IO, Any, Literal, TypeVar
 
 from .. import errors
-from ..api import Extent, LayerAPI, Limits, PoolAPI, Usage
+from ..api import Extent, Healed, LayerAPI, Limits, PoolAPI, Range, Usage
 
 SOCKET_NAME = "server.sock"
 LOG_NAME = "server.log"
@@ -127,6 +127,12 @@ def decode_record(kind: type[Record], data: Json) -> Record:
     if "usage" in fields:
         fields["usage"] = Usage(**data["usage"])
     return kind(**fields)
+
+
+def decode_healed(data: Json) -> Healed:
+    """What healing came to, from its JSON object."""
+    healed, left = (tuple(Range(**one) for one in data[name]) for name in ("healed", "left"))
+    return Healed(data["chunks"], healed, left, tuple(data["differ"]))
 
 
 def encode_error(error: BaseException) -> Json:

@@ -91,7 +91,7 @@ def test_it_goes_when_its_time_is_up(pool_path: Path) -> None:
         throw_away(pool, pool.layer("short"), -1)
         throw_away(pool, pool.layer("long"), 1)
     with Pool.open(pool_path) as pool:
-        assert [layer.labels["thinpool.trash.name"] for layer in thrown_away(pool.layers())] == ["long"]
+        assert [one.name for one in thrown_away(pool.layers())] == ["long"]
         pool.reclaim()
         assert pool.usage().allocated == 0
 
@@ -174,4 +174,11 @@ def test_listing_the_trash_while_somebody_else_deletes(pool: thinpool.Pool) -> N
     layers = [pool.create_layer(name, "1M") for name in ("a", "b")]
     throw_away(pool, layers[0], 1)
     layers[1].delete()
-    assert thrown_away(layers) == [layers[0]]
+    assert [one.layer for one in thrown_away(layers)] == [layers[0]]
+
+
+def test_listing_the_trash_while_somebody_else_takes_a_layer_back(pool: thinpool.Pool) -> None:
+    throw_away(pool, pool.create_layer("a", "1M"), 1)
+    (listed,) = thrown_away(pool.layers())
+    take_back(pool.layers(), "a")
+    assert listed.name == "a" and listed.until > time.time()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .catalog import TRASH_LABEL
@@ -34,32 +35,33 @@ def throw_away(pool: PoolAPI, layer: LayerAPI, keep_hours: float) -> None:
     layer.rename(f"trash/{layer.id}/{name}"[:_NAME_MAX])
 
 
-def thrown_away(layers: Iterable[LayerAPI]) -> list[LayerAPI]:
+@dataclass(frozen=True, slots=True)
+class Thrown:
+    """A layer in the trash: the name that it had, and when it goes for good, in seconds since 1970."""
+
+    layer: LayerAPI
+    name: str
+    until: float
+
+
+def thrown_away(layers: Iterable[LayerAPI]) -> list[Thrown]:
     """Those of the layers that are in the trash, the one that goes last first."""
     found = []
     for layer in layers:
         with suppress(LayerDeleted):  # by somebody else, since they were listed
-            if (until := layer.labels.get(TRASH_LABEL)) is not None:
-                found.append((float(until), layer))
-    return [layer for _, layer in sorted(found, key=lambda pair: pair[0], reverse=True)]
-
-
-def goes_at(layer: LayerAPI) -> float:
-    """When a layer in the trash goes for good, in seconds since 1970."""
-    return float(layer.labels[TRASH_LABEL])
-
-
-def name_of(layer: LayerAPI) -> str:
-    """The name that a layer in the trash had."""
-    return layer.labels.get(NAME_LABEL, layer.name)
+            labels = layer.labels  # once: it may be taken back meanwhile
+            if TRASH_LABEL in labels:
+                found.append(Thrown(layer, labels.get(NAME_LABEL) or layer.name, float(labels[TRASH_LABEL])))
+    return sorted(found, key=lambda one: one.until, reverse=True)
 
 
 def take_back(layers: Iterable[LayerAPI], name: str, new_name: str | None = None) -> LayerAPI:
     """The layer that was thrown away last under that name, out of the trash. Raises LayerNotFound; LayerExists where the name is taken."""
-    for layer in thrown_away(layers):
+    for thrown in thrown_away(layers):
         with suppress(LayerDeleted):
-            if name in (name_of(layer), layer.name):
-                if layer.name != (back := new_name or name_of(layer)):
+            layer = thrown.layer
+            if name in (thrown.name, layer.name):
+                if layer.name != (back := new_name or thrown.name):
                     layer.rename(back)
                 layer.set_labels({key: value for key, value in layer.labels.items() if key not in (TRASH_LABEL, NAME_LABEL)})
                 return layer

@@ -10,7 +10,7 @@ import typer
 
 from ..catalog import TRASH_LABEL
 from ..errors import LayerDeleted
-from ..trash import KEEP_HOURS, goes_at, name_of, take_back, throw_away, thrown_away
+from ..trash import KEEP_HOURS, take_back, throw_away, thrown_away
 from ..units import format_size
 from . import options
 from .options import opened, parse_labels, pool_path
@@ -123,7 +123,10 @@ def undelete(
         if layer is not None:
             take_back(p.layers(), layer, name)
             return
-        rows = [(name_of(one), one.usage().exclusive, goes_at(one)) for one in thrown_away(p.layers())]
+        rows = []
+        for one in thrown_away(p.layers()):
+            with suppress(LayerDeleted):
+                rows.append((one.name, one.layer.usage().exclusive, one.until))
     if as_json:
         print_json([{"layer": name, "exclusive": size, "until": until} for name, size, until in rows])
         return

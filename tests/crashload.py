@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,12 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import invariants
+import pytest
 from crashworld import GARBAGE, World
 
 from thinpool import Policy
+from thinpool.backups import HELD_DIRECTORY, find_backup, held_backups
 from thinpool.compacting import merge_all, move_down
 from thinpool.digests import make_one
-from thinpool.errors import OutOfSpace, ThinpoolError
+from thinpool.errors import BackupHeld, OutOfSpace, ThinpoolError
 from thinpool.trash import take_back, throw_away
 
 
@@ -65,6 +68,7 @@ class Workload:
 
     def __init__(self, directory: Path, chunk_size: int, rng: random.Random) -> None:
         self.rng, self.chunk_size = rng, chunk_size
+        shutil.rmtree(directory / HELD_DIRECTORY, ignore_errors=True)  # another one's
         self.world = World(directory, chunk_size, rng)
         self.world.on_commit = self._committed
         self.world.verify_reads = rng.random() < 0.5
@@ -72,6 +76,7 @@ class Workload:
         self.frozen: Model = {}
         self.durable: Model = {}
         self.policies = [Policy()] * 3  # now, frozen, durable
+        self.held: dict[str, dict[str, bytes]] = {}  # by held backup and layer
         self.changing: tuple[int, int, bytes] | None = None
         self.resizing: tuple[int, int] | None = None
         self._serial = 0
@@ -112,6 +117,7 @@ class Workload:
             (self.resize, 2), (self.share, 4), (self.seal, 1), (self.flush, 6), (self.reclaim, 2), (self.punch, 2), (self.extend, 1), (self.read, 6),
             (self.rename, 1), (self.copy, 2), (self.sparsify, 4), (self.throw_away, 2), (self.take_back, 2),
             (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1), (self.checksum, 5), (self.compact, 3),
+            (self.hold, 1), (self.drop, 2),
         ]  # fmt: skip
         self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
         self._forget_emptied()
@@ -251,6 +257,10 @@ class Workload:
 
     def compact(self) -> None:
         """Split entries are merged, and chunks move below some place that may be too low for all that there is."""
+        if self.held:
+            with pytest.raises(BackupHeld):
+                self.pool.compact()
+            return
         merge_all([layer.handle for layer in self.pool.layers()], lambda *_: None)
         ceiling = self.rng.randrange(1, self.pool.engine.info().allocated_chunks * 3 // 2 + 2)
         move_down(self.pool.engine, self.pool._committer, lambda *_: None, ceiling)
@@ -307,6 +317,29 @@ class Workload:
     def extend(self) -> None:
         with suppress(OutOfSpace):
             self.pool._committer.extend_window()
+
+    # --- held backups ---
+
+    def hold(self) -> None:
+        if len(self.held) < 2:
+            content = {name: content.data for name, content in self.now.items() if not content.old_name}
+            self.held[self.pool.make_backup(hold=True).name] = content
+            self.flush()
+
+    def drop(self) -> None:
+        if self.held:
+            name = self.rng.choice(list(self.held))
+            self.verify_held(name)
+            del self.held[name]
+            self.pool.drop_backup(name)
+            self.flush()
+
+    def verify_held(self, name: str) -> None:
+        """What the copy names is what it was, whatever has become of the layers."""
+        pool = self.world.open_backup(find_backup(self.pool.path, name))
+        for layer, content in self.held[name].items():
+            assert pool.layer(layer).pread(len(content), 0) == content, f"{layer} is not what the backup {name} holds"
+        pool.engine.close()
 
     # --- the trash, and how much there is room for ---
 
@@ -368,6 +401,9 @@ class Workload:
         assert {layer.name for layer in self.pool.layers()} == set(there), "I8: another set of layers than was committed"
         self.now = {name: self._verified(name, content) for name, content in there.items()}
         self.durable |= copied(self.now)  # what is overdue may come back once more, and go
+        assert {path.name for path in held_backups(self.pool.path)} == set(self.held)
+        if self.held and self.rng.random() < 0.1:
+            self.verify_held(self.rng.choice(list(self.held)))
 
     def _verified(self, name: str, content: Content) -> Content:
         """What a layer holds now, all of which it may."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import mmap
+import pickle
 import random
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,8 @@ class Records:
     def __init__(self, world: World, chunk_size: int) -> None:
         self._world = world
         self._chunk_size = chunk_size
-        self.path = world.directory  # on the host, whose disk is not full
+        self.path = world.directory / "meta"  # on the host, whose disk is not full
+        self.path.mkdir(exist_ok=True)
         self.capacity = 0
         self.kinds: dict[int, dict[bytes, bytes]] = {}
         self.committed = 0
@@ -197,8 +200,11 @@ class Records:
         for key, value in self.kinds.get(DOCUMENT, {}).items():
             yield key.decode(), value[4:]
 
-    def use_features(self) -> None:
+    def use_features(self, *requested: str) -> None:
         pass
+
+    def copy_to(self, directory: Path) -> None:
+        (directory / "data.mdb").write_bytes(pickle.dumps(self.kinds))
 
     def of_kind(self, kind: int) -> list[tuple[bytes, bytes]]:
         """For :func:`invariants.check`."""
@@ -257,9 +263,18 @@ class World:
 
     def open(self) -> Pool:
         """Opens the pool over what the disk and the store have."""
+        return self._open(self.records, read_only=False)
+
+    def open_backup(self, backup: Path) -> Pool:
+        """Opens the pool, to read, over what the disk has and a copy of the store says."""
+        records = copy(self.records)
+        records.kinds = pickle.loads((backup / "data.mdb").read_bytes())
+        return self._open(records, read_only=True)
+
+    def _open(self, records: Records, *, read_only: bool) -> Pool:
         files = PoolFiles(self.directory)
         options: dict[str, Any] = {"disk": self.disk.operations, "cache_bytes": 1 << 16, "window_bytes": 1, "verify_reads": self.verify_reads}
-        return Pool(files, self.records, background=False, **options)  # type: ignore[arg-type]
+        return Pool(files, records, read_only=read_only, background=False, **options)  # type: ignore[arg-type]
 
     def reboot(self) -> None:
         """The power comes back."""

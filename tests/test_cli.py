@@ -126,7 +126,7 @@ def test_ls_of_a_long_chain(command: Command) -> None:
 def test_df(command: Command) -> None:
     command("create", "a", "1M")
     usage = command.json("df")
-    assert set(usage) == {"capacity", "allocated", "host", "metadata", "layers", "reclaimable", "mode", "cause", "way_out"}
+    assert set(usage) == {"capacity", "allocated", "host", "metadata", "layers", "reclaimable", "held", "mode", "cause", "way_out"}
     assert (usage["mode"], usage["cause"], usage["way_out"]) == ("normal", "", "")
     assert (usage["capacity"], usage["allocated"], usage["layers"]) == (0, 0, 1)
     assert command("df").splitlines()[0].split() == ["CAPACITY", "ALLOCATED", "RECLAIMABLE", "ON", "HOST", "METADATA", "LAYERS"]

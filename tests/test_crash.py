@@ -38,6 +38,7 @@ create create write write write flush snapshot checksum write clone write write 
 write reset write flush delete reclaim extend write punch flush write clone discard resize seal flush delete reclaim flush
 write snapshot copy checksum flush write delete reclaim compact write flush write delete compact flush
 write checksum sparsify write sparsify flush punch compact sparsify write flush
+write hold write discard delete reclaim flush punch write flush drop reclaim flush punch hold write flush
 throw_away flush take_back throw_away set_policy flush set_capacity write look write empty_trash flush set_capacity write write flush
 """
 

@@ -20,7 +20,7 @@ RANKS = {
     **dict.fromkeys(("metadata", "backups", "measuring", "trash", "deltas"), 3),
     "commits": 4,
     "recovery": 4,
-    **dict.fromkeys(("layer", "digests", "limits", "policy", "compacting"), 5),
+    **dict.fromkeys(("layer", "digests", "holds", "limits", "policy", "compacting"), 5),
     "pool": 6,
     "sharing": 7,
     "exports": 8,

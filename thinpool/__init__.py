@@ -12,6 +12,7 @@ from typing import Any
 
 from .api import (
     Attachment,
+    Backup,
     Change,
     Compacted,
     Container,
@@ -35,6 +36,8 @@ from .api import (
 )
 from .deltas import Delta, delta
 from .errors import (
+    BackupHeld,
+    BackupNotFound,
     BadAddress,
     BadName,
     BadReference,
@@ -96,6 +99,9 @@ Pool.register(
 __version__ = "0.1.0"
 __all__ = [
     "Attachment",
+    "Backup",
+    "BackupHeld",
+    "BackupNotFound",
     "BadAddress",
     "BadName",
     "BadReference",

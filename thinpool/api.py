@@ -91,7 +91,8 @@ class Event:
 @dataclass(frozen=True, slots=True)
 class PoolUsage:
     """What a pool takes, in bytes (``layers`` is a count). ``capacity`` 0 means no limit; ``host`` is what the data
-    file really takes on the host's disk; ``metadata`` is the used part of the metadata store; ``reclaimable`` is what the trash takes.
+    file really takes on the host's disk; ``metadata`` is the used part of the metadata store; ``reclaimable`` is what the trash takes, ``held`` what nothing
+    but held metadata backups does.
     ``mode``: ``error`` after a failed sync or commit, with its ``cause`` and the ``way_out``, which else are empty."""
 
     capacity: int
@@ -100,9 +101,21 @@ class PoolUsage:
     metadata: int
     layers: int
     reclaimable: int = 0
+    held: int = 0
     mode: Literal["normal", "error"] = "normal"
     cause: str = ""
     way_out: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """A copy of a pool's metadata. ``time``: when it was made, in seconds since 1970; ``bytes``: what the copy takes; ``held``: what it names stays as it
+    was, until it is dropped."""
+
+    name: str
+    time: float
+    bytes: int
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +406,9 @@ class PoolAPI(Protocol):
         insecure: bool = False,
         progress: Progress | None = None,
     ) -> Healed: ...
+    def backups(self) -> Sequence[Backup]: ...
+    def make_backup(self, *, hold: bool = False) -> Backup: ...
+    def drop_backup(self, name: str) -> None: ...
     def close(self) -> None: ...
 
 

@@ -1,6 +1,8 @@
-"""Copies of the metadata that a pool makes by itself, in ``meta.backups``: compact, named by their time, dropped by age and count.
+"""Copies of the metadata, compact, named by their time. A pool makes some by itself, in ``meta.backups``, and drops them by age and count; held ones,
+in ``meta.held``, are made on request, and stay until they are dropped.
 
-A backup does not keep the chunks that it names: what was freed since may hold something else by now.
+A backup does not keep the chunks that it names: what was freed since may hold something else by now. Those of a held one are kept by
+the pool, which has a hold on each layer (:mod:`thinpool.holds`).
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from .errors import ThinpoolError
+from .errors import BackupNotFound, ThinpoolError
+from .poolfiles import sync_directory
 
 _LOG = logging.getLogger("thinpool")
-DIRECTORY = "meta.backups"
+DIRECTORY, HELD_DIRECTORY = "meta.backups", "meta.held"
 INTERVAL_SECONDS = 3600.0
 FIRST_INTERVAL_SECONDS, FIRST_COUNT = 60.0, 3  # a new pool changes from nothing to something
 COUNT_MAX = 8
 AGE_MAX_SECONDS = 30 * 86400.0
 _LOOK_SECONDS = 60.0
+_UNFINISHED = ".new"
 
 
 class Source(Protocol):
@@ -33,27 +37,78 @@ class Source(Protocol):
 
 
 def backups(pool: Path) -> list[Path]:
-    """The backups of the pool in that directory, the newest first."""
-    directory = pool / DIRECTORY
-    return sorted((path for path in directory.iterdir() if not path.name.endswith(".new")), reverse=True) if directory.is_dir() else []
+    """Those that the pool in that directory has made by itself, the newest first."""
+    return _finished(pool / DIRECTORY)
 
 
-def make_backup(store: Source) -> Path:
-    """A backup of the committed state, durable when it returns; old ones are dropped. Raises OutOfSpace, DiskError."""
+def held_backups(pool: Path) -> list[Path]:
+    """Those that are held, the newest first."""
+    return _finished(pool / HELD_DIRECTORY)
+
+
+def all_backups(pool: Path) -> list[Path]:
+    """Both, the newest first."""
+    return sorted((*backups(pool), *held_backups(pool)), key=lambda path: path.name, reverse=True)
+
+
+def is_held(backup: Path) -> bool:
+    """Whether it is a held one."""
+    return backup.parent.name == HELD_DIRECTORY
+
+
+def find_backup(pool: Path, name: str) -> Path:
+    """The backup of that name. Raises BackupNotFound."""
+    found = next((path for path in all_backups(pool) if path.name == name), None)
+    if found is None:
+        raise BackupNotFound(f"no metadata backup {name!r} in {pool}")
+    return found
+
+
+def _finished(directory: Path) -> list[Path]:
+    return sorted((path for path in directory.iterdir() if path.suffix != _UNFINISHED), reverse=True) if directory.is_dir() else []
+
+
+def new_name() -> str:
+    """The name of a backup that is made now."""
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f".{time.time_ns() // 1000 % 10**6:06}Z"
+
+
+def make_backup(store: Source, hold: str = "") -> Path:
+    """A backup of the committed state, durable when it returns; old ones are dropped. ``hold``: the name of one that is to be held.
+
+    Raises OutOfSpace, DiskError.
+    """
     pool = store.path.parent
-    directory = pool / DIRECTORY
+    directory, name = pool / (HELD_DIRECTORY if hold else DIRECTORY), hold or new_name()
     directory.mkdir(mode=0o700, exist_ok=True)
-    name = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f".{time.time_ns() // 1000 % 10**6:06}Z"
-    unfinished = directory / f"{name}.new"
+    unfinished = directory / f"{name}{_UNFINISHED}"
     try:
         unfinished.mkdir(mode=0o700)
         store.copy_to(unfinished)
         unfinished.rename(directory / name)
+        for changed in (directory, pool):
+            sync_directory(changed)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for made in (unfinished, directory / name):
+            shutil.rmtree(made, ignore_errors=True)
         raise
-    _drop_old(pool)
+    if not hold:
+        _drop_old(pool)
     return directory / name
+
+
+def remove_backup(backup: Path) -> None:
+    """Removes it: from the moment it begins there is none of that name, whenever the power goes."""
+    going = backup.with_name(f"{backup.name}{_UNFINISHED}")
+    backup.rename(going)
+    sync_directory(backup.parent)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def remove_unfinished(pool: Path) -> None:
+    """What is left of held backups that were being made or removed when their process ended. The pool's lock is held."""
+    for path in (pool / HELD_DIRECTORY).glob(f"*{_UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _drop_old(pool: Path) -> None:

@@ -23,6 +23,10 @@ PARTIAL_LABEL = "thinpool.partial"
 """On layers that an import is still filling; found at the next opening, they are deleted."""
 TRASH_LABEL = "thinpool.trash"
 """On layers in the trash: when they go for good, in seconds since 1970."""
+HELD_LABEL = "thinpool.held"
+"""On holds: the name of the metadata backup whose chunks they keep (:mod:`thinpool.holds`). Hidden where layers are listed."""
+HELD_LAYER_LABEL = "thinpool.held.layer"
+"""On holds: the id of the layer that it is of."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,254}")
 _KEY_BYTES_MAX = 511  # LMDB's
 
@@ -96,9 +100,6 @@ class Catalog:
         # Later than any id that was given before: one whose layer was deleted, or lost with a killed process, is not given again.
         self._next_id = max(max(self._records, default=0) + 1, time.time_ns() // 1000)
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def _insert(self, layer_id: int, record: LayerRecord) -> None:
         self._records[layer_id] = record
         self._ids[record.name] = layer_id
@@ -128,8 +129,8 @@ class Catalog:
         return self._records.get(layer_id)
 
     def ids(self, label: str | None = None) -> list[int]:
-        """All ids, or those of layers that have the label; oldest first."""
-        return sorted(layer_id for layer_id, record in self._records.items() if label is None or label in record.labels)
+        """All ids but those of holds, or those of layers that have the label; oldest first."""
+        return sorted(layer_id for layer_id, record in self._records.items() if (HELD_LABEL not in record.labels if label is None else label in record.labels))
 
     def limited(self) -> list[int]:
         """The ids of layers that have limits."""
@@ -139,9 +140,16 @@ class Catalog:
         """The ids of layers in the trash, or those whose time is up."""
         return [layer_id for layer_id in self.ids(TRASH_LABEL) if _time(self._records[layer_id].labels[TRASH_LABEL]) <= now]
 
+    def holds(self) -> dict[str, list[int]]:
+        """The ids of holds, by the metadata backup whose they are."""
+        found: dict[str, list[int]] = {}
+        for layer_id in self.ids(HELD_LABEL):
+            found.setdefault(self._records[layer_id].labels[HELD_LABEL], []).append(layer_id)
+        return found
+
     def names(self) -> list[tuple[int, str]]:
-        """Id and name of each layer, oldest first."""
-        return sorted((layer_id, record.name) for layer_id, record in self._records.items())
+        """Id and name of each layer but holds, oldest first."""
+        return sorted((layer_id, record.name) for layer_id, record in self._records.items() if HELD_LABEL not in record.labels)
 
     def parents(self, layer_id: int) -> list[int]:
         """The layer's parent, if it has one still."""

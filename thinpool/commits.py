@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, time
 from typing import Any, Protocol
 
-from .backups import BackupKeeper, Source
+from .backups import BackupKeeper, Source, held_backups, remove_unfinished
 from .catalog import PARTIAL_LABEL, Catalog
 from .engine import CORRUPT, WORK_COMMIT, WORK_OVERDUE, WORK_PUNCH, WORK_RECLAIM, WORK_WINDOW, Engine, EngineLayer
 from .errors import OutOfSpace, PoolClosed, PoolFailed, ThinpoolError
@@ -51,6 +51,16 @@ class RecordStore(Source, Protocol):
     ) -> int: ...
     def put_window(self, record: Record) -> None: ...
     def oldest_reader(self) -> int: ...
+
+
+class Joining(Protocol):
+    """Who takes part in a commit. Neither method raises anything."""
+
+    def freezing(self) -> None:
+        """The catalog is what will be stored, but for what is changed here. The lock is held."""
+
+    def stored(self) -> None:
+        """The store is what this commit has made it: no other begins before this returns."""
 
 
 class Fingerprints:
@@ -107,6 +117,7 @@ class Committer:
         self.look: Callable[[], None] = lambda: None
         """Called when space may be running out: may raise the capacity."""
         self.users: Callable[[Any], tuple[str, ...]] = lambda _: ()  # of a layer; whoever knows sets it
+        self._joining: list[Joining] = []
 
     def fetch(self, kind: int, key: int) -> bytes | None:
         """The committed value of one of the engine's records."""
@@ -126,9 +137,18 @@ class Committer:
             return {"mode": "error", "cause": "counts in the metadata are damaged: maps name more than they count", "way_out": f"{WAY_OUT}; then repair it"}
         return {"mode": "error", "cause": self._failure or f"a sync of the data failed: {os.strerror(info.failed_errno)}", "way_out": WAY_OUT}
 
+    def join_next(self, joining: Joining) -> None:
+        """It takes part in the next commit, which there will be."""
+        with self._lock:
+            self._joining.append(joining)
+            self.engine.touch()
+
     def commit(self) -> None:
         """One commit; the engine sees to it that there is one at a time. Raises PoolFailed, and then no later one succeeds."""
         with self._lock:
+            joined, self._joining = self._joining, []
+            for one in joined:
+                one.freezing()
             records_changed = self.engine.freeze()
             layers, documents = self._catalog.take_changes()
             fingerprints = self.fingerprints.freeze()
@@ -137,6 +157,8 @@ class Committer:
             store_txn = 0
             if records_changed:
                 store_txn = self.store.commit(self.engine.encoded(), layers, fingerprints, documents)
+            for one in joined:
+                one.stored()
             self.engine.release(store_txn, self.store.oldest_reader())
             self.fingerprints.release()
         except Exception as error:
@@ -180,11 +202,21 @@ class Committer:
     # --- layers that go by themselves ---
 
     def remove_leftovers(self) -> None:
-        """When a pool is opened: imports that never ended go, and what has been in the trash for long enough."""
+        """When a pool is opened: imports that never ended go, what has been in the trash for long enough, and holds without their backup."""
+        pool = self.store.path.parent
+        remove_unfinished(pool)
         with self._lock:
             for layer_id in self._catalog.ids(PARTIAL_LABEL):
                 self._delete(self.engine.layer(layer_id))
+            for backup in self._catalog.holds().keys() - {path.name for path in held_backups(pool)}:
+                self.release_holds(backup)
         self.empty_trash(time())
+
+    def release_holds(self, backup: str) -> None:
+        """Deletes the holds of a metadata backup, which is gone or was never done."""
+        with self._lock:
+            for layer_id in self._catalog.holds().get(backup, ()):
+                self._delete(self.engine.layer(layer_id))
 
     def empty_trash(self, now: float = math.inf) -> None:
         """Deletes what is in the trash, or what is to go by then; what is in use stays."""
@@ -193,11 +225,14 @@ class Committer:
                 if not self.users(layer):
                     self._delete(layer)
 
-    def trash_figures(self) -> tuple[int, int]:
-        """How many layers are in the trash, and how many chunks emptying it would free."""
+    def kept_figures(self) -> tuple[int, int, int]:
+        """How many layers there are besides the trash; and how many chunks emptying that would free, and how many dropping all held backups."""
         with self._lock:
             trash = [self.engine.layer(layer_id) for layer_id in self._catalog.trash()]
-        return len(trash), self.engine.exclusive_chunks(trash) if trash else 0
+            holds = [self.engine.layer(layer_id) for ids in self._catalog.holds().values() for layer_id in ids]
+            count = len(self._catalog.ids()) - len(trash)
+        exclusive = [self.engine.exclusive_chunks(layers) if layers else 0 for layers in (trash, holds)]
+        return count, exclusive[0], exclusive[1]
 
     def _delete(self, layer: EngineLayer) -> None:
         layer.delete()

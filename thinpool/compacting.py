@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .api import Compacted, Progress
 from .commits import Committer, drain
 from .engine import Engine, EngineLayer, _core, _ffi
-from .errors import LayerDeleted, OutOfSpace
+from .errors import BackupHeld, LayerDeleted, OutOfSpace
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -83,7 +83,7 @@ def compact(pool: Pool, progress: Progress | None = None) -> Compacted:
     """The method ``compact`` of :class:`~thinpool.pool.Pool`: makes the data file as short as its content allows, while all of it is in use.
 
     ``progress``: bytes moved, and bytes to move. What a reader, such as a check or a program that has the pool open read-only, still looks at stays
-    where it is, and so much less is gained. Raises OutOfSpace where the host's disk is full.
+    where it is, and so much less is gained. Raises BackupHeld, as a held metadata backup says where its chunks are; OutOfSpace where the host's disk is full.
     """
     pool._require_writable()
 
@@ -96,6 +96,9 @@ def compact(pool: Pool, progress: Progress | None = None) -> Compacted:
         return found.st_size, found.st_blocks * 512
 
     with pool._committer.compacting:
+        with pool.atomically():
+            if held := pool._catalog.holds():
+                raise BackupHeld(f"chunks stay where held metadata backups name them: drop {', '.join(held)} first")
         length_before, host_before = file()
         drain(pool.engine)
         merged = merge_all([layer.handle for layer in pool.layers()], tell)

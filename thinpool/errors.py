@@ -26,6 +26,8 @@
     ├── ImportFailed            OSError(EINVAL)     a tarball or image that cannot be taken in
     ├── ImageNotFound           KeyError
     ├── ImageBusy               OSError(EBUSY)      a container, or another image, needs it (.users says which)
+    ├── BackupNotFound          FileNotFoundError   no metadata backup of that name
+    ├── BackupHeld              OSError(EBUSY)      a held metadata backup would no longer be whole
     ├── BadReference            ValueError          not the name of an image
     ├── ContainerNotFound       KeyError
     ├── RegistryError           OSError(EREMOTEIO)  a registry refused, or does not keep to its protocol (.status)
@@ -206,6 +208,18 @@ class ImageBusy(ThinpoolError, OSError):
     def __init__(self, message: str, users: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.users = users
+
+
+class BackupNotFound(ThinpoolError, FileNotFoundError):
+    """No metadata backup of that name."""
+
+    os_errno = errno.ENOENT
+
+
+class BackupHeld(ThinpoolError, OSError):
+    """What was asked for would take from a held metadata backup what it names: drop it first."""
+
+    os_errno = errno.EBUSY
 
 
 class BadReference(ThinpoolError, ValueError):

@@ -37,9 +37,9 @@ def usage_of(pool: Pool) -> PoolUsage:
     """What it takes: the method ``usage`` of :class:`~thinpool.pool.Pool`."""
     pool._require_open()
     info, host, size = pool.engine.info(), pool._files.data.stat().st_blocks * 512, pool.chunk_size
-    trash, reclaimable = pool._committer.trash_figures()
-    capacity, allocated, layers = info.capacity_chunks * size, info.allocated_chunks * size, len(pool._catalog) - trash
-    return PoolUsage(capacity, allocated, host, pool._store.usage(), layers, reclaimable * size, **pool._committer.error_mode())
+    layers, reclaimable, held = pool._committer.kept_figures()
+    capacity, allocated = info.capacity_chunks * size, info.allocated_chunks * size
+    return PoolUsage(capacity, allocated, host, pool._store.usage(), layers, reclaimable * size, held * size, **pool._committer.error_mode())
 
 
 def measure(pool: Pool) -> PoolMetrics:

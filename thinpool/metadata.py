@@ -31,8 +31,9 @@ from .records import Record
 FORMAT_VERSION = 1
 # Features that this version knows, by what a version that does not know one must do.
 KNOWN_INCOMPATIBLE: frozenset[str] = frozenset()  # refuse the pool
-KNOWN_READ_COMPATIBLE = frozenset({"checksums", "documents", "sums"})  # open it read-only
+KNOWN_READ_COMPATIBLE = frozenset({"checksums", "documents", "holds", "sums"})  # open it read-only
 _FEATURES_FROM_THE_START = frozenset({"sums"})  # of new pools only
+_FEATURES_ON_REQUEST = frozenset({"holds"})  # of pools that use them only
 _DATABASES = {
     data_plane.NODE: b"nodes",
     data_plane.CHUNK_PAGE: b"chunk-counts",
@@ -258,15 +259,17 @@ class Metadata:
 
     def create_pool(self, chunk_size: int, capacity: int) -> None:
         """Stores the pool's record: sizes in bytes, capacity 0 for no limit."""
-        features: dict[str, list[str]] = {"incompatible": [], "read_compatible": sorted(KNOWN_READ_COMPATIBLE), "compatible": []}
+        features: dict[str, list[str]] = {"incompatible": [], "read_compatible": sorted(KNOWN_READ_COMPATIBLE - _FEATURES_ON_REQUEST), "compatible": []}
         record = {"version": FORMAT_VERSION, "uuid": str(uuid.uuid4()), "chunk_size": chunk_size, "capacity": capacity, "features": features}
         self.put_pool(record)
 
-    def use_features(self) -> None:
-        """Marks a pool of an earlier version as written by this one, which keeps records that the earlier one does not know."""
+    def use_features(self, *requested: str) -> None:
+        """Marks a pool of an earlier version as written by this one, which keeps records that the earlier one does not know; ``requested``: others
+        that it is about to use."""
         record = self.pool_record()
         features = record["features"]
-        if missing := KNOWN_READ_COMPATIBLE - _FEATURES_FROM_THE_START - set(features["read_compatible"]):
+        used = KNOWN_READ_COMPATIBLE - _FEATURES_FROM_THE_START - _FEATURES_ON_REQUEST | set(requested)
+        if missing := used - set(features["read_compatible"]):
             self.put_pool(record | {"features": features | {"read_compatible": sorted({*features["read_compatible"], *missing})}})
 
     def set_capacity(self, capacity: int) -> None:

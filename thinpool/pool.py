@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
+from . import holds
 from .api import Attachment, ContainersAPI, Extent, Healed, ImagesAPI, LayerAPI, Progress, Size, UsesAPI
-from .catalog import PARTIAL_LABEL, TRASH_LABEL, Catalog, LayerRecord
+from .catalog import HELD_LABEL, PARTIAL_LABEL, TRASH_LABEL, Catalog, LayerRecord
 from .closing import open_pools
 from .commits import Committer, Fingerprints, Housekeeper, drain
 from .compacting import compact as compact_pool
 from .digests import Digester
 from .engine import Engine, EngineLayer
-from .errors import BadSize, LayerBusy, LayerDeleted, PoolClosed, PoolReadOnly, ThinpoolError
+from .errors import BadSize, LayerBusy, LayerDeleted, LayerState, PoolClosed, PoolReadOnly, ThinpoolError
 from .layer import Layer
 from .limits import enforce_limits, set_limits
 from .measuring import measure, usage_of
@@ -229,6 +230,7 @@ class Pool:
         return self._engine
 
     usage, metrics, compact = usage_of, measure, compact_pool
+    backups, make_backup, drop_backup = holds.backups, holds.make_backup, holds.drop_backup
     set_capacity, policy, set_policy, events, set_limits = set_capacity, policy_of, set_policy, events_of, set_limits
 
     # --- layers ---
@@ -283,13 +285,13 @@ class Pool:
             return layer
 
     def layers(self, label: str | None = None) -> list[Layer]:
-        """All layers, or those that have the label; oldest first."""
+        """All layers but holds, or those that have the label; oldest first."""
         self._require_open()
         with self._lock:
             return [self.layer_by_id(layer_id) for layer_id in self._catalog.ids(label)]
 
     def names(self) -> list[tuple[int, str]]:
-        """Id and name of each layer, oldest first; cheaper than :meth:`layers`."""
+        """Id and name of each layer but holds, oldest first; cheaper than :meth:`layers`."""
         self._require_open()
         with self._lock:
             return self._catalog.names()
@@ -312,8 +314,10 @@ class Pool:
     def changing_record(self, layer: Layer) -> Iterator[Catalog]:
         self._require_writable()
         with self._lock:
-            if self._catalog.get(layer.id) is None:
+            if (record := self._catalog.get(layer.id)) is None:
                 raise LayerDeleted("the layer was deleted")
+            if backup := record.labels.get(HELD_LABEL):
+                raise LayerState(f"layer {record.name} is what the metadata backup {backup} holds: drop that")
             yield self._catalog
             self._engine.touch()
 
@@ -371,9 +375,9 @@ class Pool:
     def delete(self, layer: Layer) -> None:
         self._require_writable()
         self.require_unused(layer, "delete")
-        with self._lock:
+        with self.changing_record(layer) as catalog:
             layer.handle.delete()
-            self._catalog.remove(layer.id)
+            catalog.remove(layer.id)
             self._layers.pop(layer.id, None)
             self.limited.pop(layer.id, None)
 
@@ -456,11 +460,7 @@ class Pool:
         return [] if self._uses is None else self._uses.nbd_addresses()
 
     def import_raw(self, path: str | Path, name: str, *, labels: Mapping[str, str] | None = None, progress: Progress | None = None) -> Layer:
-        """A writable layer with the content of a raw image file or block device.
-
-        Holes and zero chunks are skipped, chunks that the pool has already are shared. Raises ImportFailed, OutOfSpace, …; then
-        there is no such layer.
-        """
+        """A writable layer with the content of a raw image or block device; holes are skipped, chunks that the pool has are shared. Raises ImportFailed, …"""
         self._require_writable()
         return type(self)._import_raw(self, Path(path), name, labels=labels, progress=progress)
 
@@ -468,10 +468,7 @@ class Pool:
         type(self)._export_raw(layer, path, progress=progress)
 
     def import_rootfs(self, path: str | Path, name: str, **options: Any) -> Layer:
-        """A sealed layer with a file system that holds the tarball's tree; ``options`` as :class:`thinpool.api.PoolAPI` has them.
-
-        Needs root for XFS. Raises ImportFailed.
-        """
+        """A sealed layer with a file system that holds the tarball's tree; ``options`` as in :class:`thinpool.api.PoolAPI`. Raises ImportFailed, NeedsRoot."""
         self._require_writable()
         return type(self)._import_rootfs(self, Path(path), name, **options)
 

@@ -8,6 +8,7 @@
     meta.kept-N/    one that was replaced: by a repair, or from a backup
     meta.backups/   copies of it, made now and then
     healing/    another pool, while chunks are healed from an image
+    meta.held/      copies whose chunks are kept until they are dropped
     lock        held (flock) by the one process that has the pool open for writing; holds its pid
     server.sock, server.log, run/   the pool's server, while there is one
 """

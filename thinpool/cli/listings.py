@@ -54,7 +54,7 @@ def df(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool =
     """Show what the pool takes.
 
     JSON: capacity (0: no limit), allocated, host (what the data file really takes), metadata, layers (a count, without the trash),
-    reclaimable (what the trash takes), mode ("normal" or "error"), cause and way_out (of error mode).
+    reclaimable (what the trash takes), held (what nothing but held metadata backups does), mode ("normal" or "error"), cause and way_out (of error mode).
     """
     with opened(ctx, pool) as p:
         usage = p.usage()
@@ -64,6 +64,8 @@ def df(ctx: typer.Context, as_json: options.AsJson = False, pool: options.Pool =
     capacity = format_size(usage.capacity) if usage.capacity else "none"
     sizes = map(format_size, (usage.allocated, usage.reclaimable, usage.host, usage.metadata))
     print_table([">CAPACITY", ">ALLOCATED", ">RECLAIMABLE", ">ON HOST", ">METADATA", ">LAYERS"], [[capacity, *sizes, str(usage.layers)]])
+    if usage.held:
+        print(f"held by metadata backups: {format_size(usage.held)}")
     if usage.mode == "error":
         print(f"error mode, reads go on: {usage.cause}\nway out: {usage.way_out}")
 

@@ -181,32 +181,42 @@ def restore_metadata(
     ctx: typer.Context,
     backup: Annotated[str | None, typer.Argument(metavar="[BACKUP]", help="Which one: its name, or latest. Default: list them.", show_default=False)] = None,
     make: Annotated[bool, typer.Option("--make", help="Make one now, whatever the age of the others.")] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Of the one that is made: keep what it names, until it is dropped.")] = False,
+    drop: Annotated[str | None, typer.Option(metavar="BACKUP", help="Remove one; what it held is freed.", show_default=False)] = None,
     as_json: options.AsJson = False,
     pool: options.Pool = None,
 ) -> None:
     """Put a metadata backup in the place of the metadata, which is kept; or list the backups.
 
-    JSON: of a list, an array of name, time (seconds since 1970), bytes; of a restore, as repair has it.
+    JSON: of a list, an array of name, time (seconds since 1970), bytes, held (what it names is kept); of a restore, as repair has it.
     """
-    from ..backups import DIRECTORY, backups, make_backup
+    from ..backups import all_backups, find_backup, make_backup
+    from ..holds import describe
     from ..metadata import Metadata
     from ..recovery.repair import restore_metadata as restore
 
+    if hold and not make:
+        raise typer.BadParameter("only one that is made can be held: --make --hold")
     path = pool_path(ctx, pool)
-    if make:
+    if hold:
+        with opened(ctx, pool) as p:
+            p.make_backup(hold=True)
+    elif make:
         with closing(Metadata(path / "meta", read_only=True)) as store:
             make_backup(store)
-    known = backups(path)
+    if drop is not None:
+        with opened(ctx, pool, gives_back=True) as p:
+            p.drop_backup(drop)
+    known = all_backups(path)
     if backup is None:
-        rows = [(one.name, one.stat().st_mtime, (one / "data.mdb").stat().st_size) for one in known]
+        found = [describe(one) for one in known]
         if as_json:
-            print_json([{"name": name, "time": moment, "bytes": size} for name, moment, size in rows])
+            print_json([asdict(one) for one in found])
         else:
-            print_table(["BACKUP", "MADE", ">SIZE"], [[name, format_time(moment), format_size(size)] for name, moment, size in rows])
+            rows = [[one.name, format_time(one.time), format_size(one.bytes), "yes" if one.held else ""] for one in found]
+            print_table(["BACKUP", "MADE", ">SIZE", "HELD"], rows)
         return
-    chosen = known[0] if backup == "latest" and known else path / DIRECTORY / backup
-    if chosen not in known:
-        raise FileNotFoundError(f"no metadata backup {backup!r} in {path}")
+    chosen = known[0] if backup == "latest" and known else find_backup(path, backup)
     done = restore(path, chosen)
     if as_json:
         print_json(done.as_json())

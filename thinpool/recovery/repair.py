@@ -18,13 +18,14 @@ import os
 import time
 import uuid
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..api import Progress, Range
+from ..backups import held_backups
 from ..catalog import LayerRecord
 from ..engine import CHECKSUM, CHUNK_PAGE, MAP, NODE, NODE_PAGE, STATE, SUMMARY
 from ..errors import DamagedError, PoolBusy
@@ -33,10 +34,10 @@ from ..poolfiles import PoolFiles
 from ..records import Record
 from .check import MEMORY_BYTES, check, check_state
 from .checksums import Checksums
+from .held import Sources
 from .nodes import LayerMap, NodeTable, lost_ranges
 from .records import CHECKSUM_VALUES, FANOUT, PAGE_VALUES, NodeReader, References, key_of, make_page, new_page, of_varints, varints
 from .report import Report, joined
-from .salvage import Salvage
 from .stored import StoredState
 
 LOST_LABEL = "thinpool.lost"
@@ -83,7 +84,8 @@ def repair(path: Path, *, leaks_only: bool = False, chunk_size: int = 0, memory_
 def restore_metadata(path: Path, backup: Path, *, memory_bytes: int = MEMORY_BYTES) -> Repair:
     """Puts a backup's layers and maps (see :mod:`.backups`) in the place of the pool's metadata, which is kept; counts and space are made anew.
 
-    What was freed since the backup was made may hold something else by now: only digests tell. Raises as :func:`repair` does.
+    What was freed since the backup was made may hold something else by now: only digests tell. A held one brings back all that it holds as it was, and nothing
+    else. Raises as :func:`repair` does; BackupHeld where a held backup would not be whole any more.
     """
     files = PoolFiles(path)
     with ExitStack() as undo:
@@ -105,11 +107,13 @@ def take_alone(files: PoolFiles) -> None:
 
 
 def make_anew(files: PoolFiles, source: Path, done: Repair, chunk_size: int = 0, memory_bytes: int = MEMORY_BYTES) -> None:
-    """A new environment from what can be read of ``source``, checked and put in place."""
+    """A new environment from what can be read of ``source``, and of what held backups hold, checked and put in place."""
     files.open_data(read_only=False)
     new = files.new_meta()
-    with Salvage(source) as salvage:
-        _Repair(salvage, files, done, chunk_size, memory_bytes).make(new)
+    with Sources(source, held_backups(files.path)) as sources:
+        if source != files.meta:
+            sources.require_holds()
+        _Repair(sources, files, done, chunk_size, memory_bytes).make(new)
     after = Report("full")
     with StoredState(new, after.corrupt) as state:
         check_state(state, files, after, memory_bytes=memory_bytes)
@@ -121,8 +125,9 @@ def make_anew(files: PoolFiles, source: Path, done: Repair, chunk_size: int = 0,
 class _Repair:
     """One repair under way."""
 
-    def __init__(self, salvage: Salvage, files: PoolFiles, done: Repair, chunk_size: int, memory_bytes: int) -> None:
-        self._salvage, self._files, self._done = salvage, files, done
+    def __init__(self, sources: Sources, files: PoolFiles, done: Repair, chunk_size: int, memory_bytes: int) -> None:
+        self._sources, self._files, self._done = sources, files, done
+        salvage = self._salvage = sources.salvage
         self._pool = salvage.pool_record() or _pool_record(chunk_size, files.path)
         self._chunk_size: int = self._pool["chunk_size"]
         self._memory_chunks = max(memory_bytes // 4 // PAGE_VALUES, 1) * PAGE_VALUES
@@ -159,18 +164,18 @@ class _Repair:
 
     def _read(self) -> None:
         self._maps = {}
-        for number, value in self._salvage.numbered(MAP):
+        for number, value in self._sources.numbered(MAP):
             try:
                 self._maps[number] = LayerMap(*varints(MAP, key_of(number), value))
             except TypeError:
                 continue
         fields = LayerRecord.__slots__
-        self._layers = {number: LayerRecord(**{name: record[name] for name in fields if name in record}) for number, record in self._salvage.layers().items()}
+        self._layers = {number: LayerRecord(**{name: record[name] for name in fields if name in record}) for number, record in self._sources.layers().items()}
         if self._done.before.corruptions:  # which chunks have lost theirs is not known: all are looked at again
             for record in self._layers.values():
                 record.checksums = False
         self._table, sound = NodeTable(), True
-        for node_id, value in self._salvage.numbered(NODE):
+        for node_id, value in self._sources.numbered(NODE):
             sound &= self._table.add(node_id, value, self._reader, None)
             if self._reader.level == 0 and self._reader.chunks_end > self._data_chunks:
                 self._cut_leaves.append(node_id)
@@ -202,10 +207,7 @@ class _Repair:
         for number, layer in self._maps.items():
             if self._is_lost(layer):
                 self._maps[number] = LayerMap(0, 0, layer.size, 0, layer.sealed)
-        self._live = bytearray(len(self._table.ids))
-        for layer in self._maps.values():
-            if layer.root:
-                self._table.reach(self._table.find(layer.root), self._live)
+        self._live = self._below(self._maps)
         self._adopt_orphans()
         for number in self._layers.keys() - self._maps.keys():
             record = self._layers.pop(number)
@@ -214,6 +216,14 @@ class _Repair:
             if record.parent is not None and record.parent not in self._layers:
                 record.parent = None
         self._mark_losers()
+
+    def _below(self, layers: Iterable[int]) -> bytearray:
+        """The nodes that the maps of these layers lead to, by place."""
+        found = bytearray(len(self._table.ids))
+        for number in layers:
+            if root := self._maps[number].root:
+                self._table.reach(self._table.find(root), found)
+        return found
 
     def _cut_ranges(self, names: dict[int, str]) -> Iterator[Range]:
         """What lay behind the end of the data file."""
@@ -235,7 +245,7 @@ class _Repair:
 
     def _values_of(self, ids: array[int]) -> Iterator[tuple[int, bytes]]:
         wanted = set(ids)
-        return ((node_id, value) for node_id, value in self._salvage.numbered(NODE) if node_id in wanted)
+        return ((node_id, value) for node_id, value in self._sources.numbered(NODE) if node_id in wanted)
 
     def _adopt_orphans(self) -> None:
         """Parts of maps that nothing leads to become layers, if anything was lost; else they are leaks."""
@@ -300,7 +310,7 @@ class _Repair:
     def _records(self) -> Iterator[Record]:
         """All of the engine's: live nodes, then what follows from them."""
         table, cut = self._table, set(self._cut_leaves)
-        for node_id, value in self._salvage.numbered(NODE):
+        for node_id, value in self._sources.numbered(NODE):
             place = table.find(node_id)
             if self._live[place]:
                 yield NODE, key_of(node_id), self._mended(node_id, place, value, cut=node_id in cut)
@@ -361,18 +371,23 @@ class _Repair:
     def _chunk_counts(self) -> Iterator[Record]:
         """Counts, summaries and the pool's counters: what no map names is free, and may hold anything."""
         allocated, summary = 0, new_page()
-        references, checksums = References(0, 0), Checksums(self._salvage, lambda _: None)
+        checksums = Checksums(self._salvage, lambda _: None)
+        counted = [(References(0, 0), self._live)]
+        if (restored := self._sources.restored) is not None and (own := self._below(self._maps.keys() & restored.layers.keys())) != self._live:
+            counted.append((References(0, 0), own))  # what only other backups hold may have held other bytes then, and had their checksums
+        references, known = counted[0][0], counted[-1][0]
         for page in range(self._pages):
             first = page * PAGE_VALUES
             if first >= references.first + references.length:
-                references.move(first, min(self._pages * PAGE_VALUES - first, self._memory_chunks))
-                self._count(references)
+                for one, live in counted:
+                    one.move(first, min(self._pages * PAGE_VALUES - first, self._memory_chunks))
+                    self._count(one, live)
             counts = references.counts(page)
             taken = PAGE_VALUES - counts.count(0)
             allocated += taken
             summary[page % PAGE_VALUES] = PAGE_VALUES - taken << 16
             yield CHUNK_PAGE, key_of(page), make_page(CHUNK_PAGE, page, [count + 1 for count in counts])
-            yield from self._checksums(page, counts, checksums.page(page))
+            yield from self._checksums(page, known.counts(page), checksums.page(page))
             if (page + 1) % PAGE_VALUES == 0 or page + 1 == self._pages:
                 yield SUMMARY, key_of(page // PAGE_VALUES), make_page(SUMMARY, page // PAGE_VALUES, summary)
                 summary = new_page()
@@ -382,18 +397,18 @@ class _Repair:
 
     @staticmethod
     def _checksums(page: int, counts: list[int], checksums: Any) -> Iterator[Record]:
-        """Those of chunks that a map names."""
+        """Those of chunks that a map names, by these counts."""
         for at in range(0, PAGE_VALUES, CHECKSUM_VALUES):
             values = [checksums[i] if counts[i] else 0 for i in range(at, at + CHECKSUM_VALUES)]
             if any(values):
                 number = (page * PAGE_VALUES + at) // CHECKSUM_VALUES
                 yield CHECKSUM, key_of(number), make_page(CHECKSUM, number, values)
 
-    def _count(self, references: References) -> None:
+    def _count(self, references: References, live: bytearray) -> None:
         cut = set(self._cut_leaves)
-        for node_id, value in self._salvage.numbered(NODE):
+        for node_id, value in self._sources.numbered(NODE):
             place = self._table.find(node_id)
-            if self._live[place] and self._table.levels[place] == 0:
+            if live[place] and self._table.levels[place] == 0:
                 self._reader.read(node_id, self._mended(node_id, place, value, cut=node_id in cut), references)
 
 

@@ -36,6 +36,7 @@ _STATUS: dict[type[Exception], int] = {
     errors.LayerExists: 409,
     errors.LayerBusy: 409,
     errors.ImageBusy: 409,
+    errors.BackupHeld: 409,
     errors.LayerState: 409,
     errors.LayerSealed: 409,
     errors.NeedsRoot: 403,

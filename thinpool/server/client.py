@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from ..api import (
     Attachment,
+    Backup,
     Buffer,
     Compacted,
     Credentials,
@@ -176,7 +178,7 @@ class RemotePool:
         self._transport.json("POST", "/pool/reclaim")
 
     def compact(self, progress: Progress | None = None) -> Compacted:
-        """Makes the data file as short as its content allows, while all of it is in use. Raises OutOfSpace."""
+        """Makes the data file as short as its content allows, while all of it is in use. Raises BackupHeld, OutOfSpace."""
         return Compacted(**follow(self._transport.lines("POST", "/pool/compact"), progress))
 
     def heal(
@@ -196,6 +198,18 @@ class RemotePool:
     def compute_digests(self, progress: Progress | None = None) -> None:
         """Gives sealed layers the content digests that they lack, and lets equal ones share all."""
         follow(self._transport.lines("POST", "/pool/digests"), progress)
+
+    def backups(self) -> list[Backup]:
+        """The metadata backups, the newest first."""
+        return [Backup(**data) for data in self._transport.json("GET", "/backups")]
+
+    def make_backup(self, *, hold: bool = False) -> Backup:
+        """Copies the metadata. ``hold``: what it names now is kept until it is dropped. Raises OutOfSpace."""
+        return Backup(**self._transport.json("POST", "/backups", {"hold": hold}))
+
+    def drop_backup(self, name: str) -> None:
+        """Removes a metadata backup; of a held one, what nothing else needs is freed. Raises BackupNotFound, LayerBusy."""
+        self._transport.json("DELETE", f"/backups/{quote(name, safe='')}")
 
     def serve_nbd(self, address: str, *, certificates: str | Path | None = None, keys: str | Path | None = None, verify_peer: bool = False) -> str:
         """Lets the server serve all layers over NBD until it stops, and with that it stays. Raises BadAddress."""

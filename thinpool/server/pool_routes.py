@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
-from ..api import Attachment, Compacted, Healed, LayerAPI, Policy, PoolUsage, Progress
+from ..api import Attachment, Backup, Compacted, Healed, LayerAPI, Policy, PoolUsage, Progress
 from ..metrics import PoolMetrics
 from .endpoints import call, change
 from .schema import EVENTS, failures, lines_of, operation_id
@@ -101,7 +101,7 @@ def reclaim(pool: PoolOf) -> None:
     pool.reclaim()
 
 
-@router.post("/pool/compact", response_class=Response, responses=lines_of(Compacted) | failures(507))
+@router.post("/pool/compact", response_class=Response, responses=lines_of(Compacted) | failures(409, 507))
 async def compact(gate: GateOf, pool: PoolOf) -> Response:
     """Makes the data file as short as its content allows, while all of it is in use."""
     return await work_lines(gate, lambda progress: asdict(pool.compact(progress)))
@@ -123,6 +123,27 @@ async def heal(
 async def compute_digests(gate: GateOf, pool: PoolOf) -> Response:
     """Computes the content digests that sealed layers lack."""
     return await work_lines(gate, pool.compute_digests)
+
+
+@router.get("/backups")
+@call
+def backups(pool: PoolOf) -> list[Backup]:
+    """The metadata backups, the newest first."""
+    return list(pool.backups())
+
+
+@router.post("/backups", responses=failures(507))
+@call
+def make_backup(pool: PoolOf, hold: Flag = None) -> Backup:
+    """Copies the metadata; what it names is kept until it is dropped, if it is to be held."""
+    return pool.make_backup(hold=bool(hold))
+
+
+@router.delete("/backups/{name}", responses=failures(404, 409))
+@call
+def drop_backup(pool: PoolOf, name: str) -> None:
+    """Removes a metadata backup; of a held one, what nothing else needs is freed."""
+    pool.drop_backup(name)
 
 
 @router.post("/pool/nbd", responses=failures(404, 409))

@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, StrictStr, TypeAdapter
 
 from ..api import Credentials, LayerAPI, Limits, Policy, PoolAPI, Via
+from ..catalog import HELD_LABEL
 from ..errors import LayerDeleted
 from ..pool import Pool
 from .tcp import TcpListeners
@@ -95,7 +96,7 @@ class LayerTable:
         """The layer of that id. Raises LayerDeleted."""
         layer = self._layers.get(layer_id)
         if layer is None:
-            layer = next((one for one in self._pool.layers() if one.id == layer_id), None)
+            layer = next((one for one in (*self._pool.layers(), *self._pool.layers(HELD_LABEL)) if one.id == layer_id), None)
             if layer is None:
                 raise LayerDeleted("the layer was deleted")
             self._layers[layer_id] = layer

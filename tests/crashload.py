@@ -45,6 +45,11 @@ def copied(model: Model) -> Model:
     return {name: replace(content, other_size=None, since=[]) for name, content in model.items()}
 
 
+def stored(frozen: Model) -> Model:
+    """What is durable once that is, with what has changed since it was frozen."""
+    return {name: replace(content, since=content.since[:]) for name, content in frozen.items()}
+
+
 def overwritten(old: bytes, offset: int, data: bytes) -> bytes:
     view = memoryview(old)
     return b"".join((view[:offset], data, view[offset + len(data) :]))
@@ -81,22 +86,41 @@ class Workload:
         self.resizing: tuple[int, int] | None = None
         self._serial = 0
         self._tag = 0
+        self._interleaves = False
         self._open()
 
     def _open(self) -> None:
         self.pool = self.world.open()
-        commit = self.pool._committer.commit
+        commit, sync = self.pool._committer.commit, self.pool.engine.sync
 
         def observed() -> None:
             self._forget_emptied()
             self.frozen, self.policies[1] = copied(self.now), self.policies[0]
             commit()
 
+        def synced() -> None:
+            first, self._interleaves = self._interleaves and self.rng.random() < 0.5, self._interleaves and self.rng.random() < 0.5
+            if first:
+                self._do_meanwhile()
+            sync()
+            if self._interleaves:
+                self._do_meanwhile()
+
         self.pool._committer.commit = observed  # type: ignore[method-assign]
+        self.pool.engine.sync = synced  # type: ignore[method-assign]
+
+    def _do_meanwhile(self) -> None:
+        """What others do while a commit is under way, none of which may be in it. They need no room, for which they would wait for that commit."""
+        self._interleaves = False
+        for _ in range(self.rng.choice((1, 1, 2, 5))):
+            self.rng.choices(
+                [self.write, self.discard, self.create, self.snapshot, self.clone, self.delete, self.reset, self.share, self.seal, self.rename, self.throw_away],
+                [10, 3, 1, 2, 2, 2, 2, 1, 1, 1, 1],
+            )[0]()
 
     def _committed(self) -> None:
         """The store has a new state: that of the freeze, all of whose data was synced before."""
-        self.durable = copied(self.frozen)
+        self.durable = stored(self.frozen)
         self.policies[2] = self.policies[1]
         if self.changing:  # a commit in the middle of an operation, to make room
             self._note(*self.changing)
@@ -163,7 +187,7 @@ class Workload:
         return found is data
 
     def _note(self, key: int, offset: int, data: bytes) -> None:
-        for content in self.durable.values():
+        for content in (*self.durable.values(), *self.frozen.values()):
             if content.key == key:
                 content.since.append((offset, data))
 
@@ -226,7 +250,7 @@ class Workload:
 
     def copy(self) -> None:
         """A sealed copy in chunks of its own, something made from it, and then the two are made one."""
-        sealed = [name for name, content in self.now.items() if content.sealed]
+        sealed = [name for name, content in self.now.items() if content.sealed and not content.old_name]  # the trash may be emptied to make room
         if not sealed or len(self.now) > 11:
             return
         name, new = self.rng.choice(sealed), self._name()
@@ -304,9 +328,12 @@ class Workload:
             self.now[new] = self.now.pop(name)
 
     def flush(self) -> None:
+        self._interleaves = self.world.records.capacity == 0 and self.rng.random() < 0.5
+        self.frozen = copied(self.now)
         self.pool.commit()
+        self._interleaves = False  # it may have had nothing to do
         # Also without a new record, all data is on disk now.
-        self.durable, self.policies[2] = copied(self.now), self.policies[0]
+        self.durable, self.policies[2] = stored(self.frozen), self.policies[0]
 
     def reclaim(self) -> None:
         self.pool.engine.reclaim(self.rng.choice((1, 300, 10000)))

@@ -113,10 +113,11 @@ class Workload:
         """What others do while a commit is under way, none of which may be in it. They need no room, for which they would wait for that commit."""
         self._interleaves = False
         for _ in range(self.rng.choice((1, 1, 2, 5))):
-            self.rng.choices(
-                [self.write, self.discard, self.create, self.snapshot, self.clone, self.delete, self.reset, self.share, self.seal, self.rename, self.throw_away],
-                [10, 3, 1, 2, 2, 2, 2, 1, 1, 1, 1],
-            )[0]()
+            operations: list[tuple[Callable[[], None], int]] = [
+                (self.write, 10), (self.discard, 3), (self.create, 1), (self.snapshot, 2), (self.clone, 2), (self.delete, 2), (self.reset, 2),
+                (self.share, 1), (self.seal, 1), (self.rename, 1), (self.throw_away, 1),
+            ]  # fmt: skip
+            self._one_of(operations)()
 
     def _committed(self) -> None:
         """The store has a new state: that of the freeze, all of whose data was synced before."""
@@ -143,8 +144,11 @@ class Workload:
             (self.empty_trash, 1), (self.set_capacity, 2), (self.set_policy, 1), (self.look, 1), (self.checksum, 5), (self.compact, 3),
             (self.hold, 1), (self.drop, 2),
         ]  # fmt: skip
-        self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]()
+        self._one_of(operations)()
         self._forget_emptied()
+
+    def _one_of(self, operations: list[tuple[Callable[[], None], int]]) -> Callable[[], None]:
+        return self.rng.choices([operation for operation, _ in operations], [weight for _, weight in operations])[0]
 
     def _name(self) -> str:
         self._serial += 1

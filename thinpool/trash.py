@@ -32,7 +32,8 @@ def throw_away(pool: PoolAPI, layer: LayerAPI, keep_hours: float) -> None:
             raise LayerBusy(f"cannot delete layer {name}: used by {where}", (where,))
     # The labels first: from then on it goes by itself, whatever happens to this process.
     layer.set_labels({**layer.labels, TRASH_LABEL: str(int(time.time() + keep_hours * 3600)), NAME_LABEL: name})
-    layer.rename(f"trash/{layer.id}/{name}"[:_NAME_MAX])
+    with suppress(LayerDeleted):  # its space was needed at once
+        layer.rename(f"trash/{layer.id}/{name}"[:_NAME_MAX])
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def needs_tool(*tools: str) -> pytest.MarkDecorator:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--crash-cuts", type=int, default=3600, help="power cuts in tests/test_crash.py")
+    parser.addoption("--crash-cuts", type=int, default=2400, help="power cuts in tests/test_crash.py")
     parser.addoption("--power-cuts", type=int, default=3, help="power cuts of a guest in tests/test_power_cut.py")
     parser.addoption("--logged-cuts", type=int, default=6, help="marks, and as many other entries, that tests/test_log_writes.py replays the log to")
     parser.addoption("--decoder-examples", type=int, default=200, help="changed inputs in tests/test_decoders.py, and fewer where one takes longer")

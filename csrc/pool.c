@@ -204,6 +204,16 @@ static void await_compaction(tp_pool *pool) {
   pthread_mutex_unlock(&pool->compacting);
 }
 
+/* The same for what needs the records, the store or the data file without the mutex, and no layer's lock. The pool is closed: nobody begins any more. */
+static void await_background(tp_pool *pool) {
+  await_compaction(pool);
+  pthread_mutex_lock(&pool->syncing);
+  pthread_mutex_unlock(&pool->syncing);
+  pthread_mutex_lock(&pool->mutex);
+  while (pool->committing || pool->punching > 0) pthread_cond_wait(&pool->committed, &pool->mutex);
+  pthread_mutex_unlock(&pool->mutex);
+}
+
 static void put_all(tp_layer **layers, size_t count) {
   for (size_t k = 0; k < count; k++) tp_layer_put(layers[k]);
   free(layers);
@@ -246,7 +256,7 @@ void tp_pool_close(tp_pool *pool) {
   pthread_cond_broadcast(&pool->work);
   pthread_cond_broadcast(&pool->committed);
   pthread_mutex_unlock(&pool->mutex);
-  await_compaction(pool);
+  await_background(pool);
   if (!was_closed) {
     drain(pool, layers, count, true);
     pthread_mutex_lock(&pool->mutex);

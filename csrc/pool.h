@@ -58,7 +58,7 @@ struct tp_pool {
   pthread_mutex_t resizing; /* one tp_layer_resize at a time; taken before all others */
   pthread_mutex_t compacting; /* a step of a compaction: taken before all others, and by whoever stops or closes the pool */
   bool compacted;             /* there is a compaction; under the mutex */
-  pthread_cond_t committed; /* a commit ended */
+  pthread_cond_t committed; /* a commit ended; or, of a pool that is being closed, a punch */
   pthread_cond_t work;      /* for tp_wait_work */
   tp_options options;
   tp_disk disk;
@@ -83,6 +83,7 @@ struct tp_pool {
 
   uint64_t txn, durable_txn;  /* the open one; the last durable one */
   bool committing;            /* somebody leads a commit */
+  unsigned punching;          /* so many are at it, without the mutex */
   bool freezing;              /* frozen records wait for tp_release */
   bool state_dirty;           /* counters changed without a record */
   struct record_list dirty, frozen;

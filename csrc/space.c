@@ -272,11 +272,13 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
     else if (pool->space.dirty <= pool->space.pending) rc = TP_ENOENT;
     else rc = next_dirty_run(pool, left, &run);
     if (rc != TP_OK) break;
+    pool->punching++;
     pthread_mutex_unlock(&pool->mutex);
     int result = pool->disk.punch(pool->disk.ctx, run.first << pool->chunk_shift, run.count << pool->chunk_shift);
     pool_mark_unsynced(pool);
     pthread_mutex_lock(&pool->mutex);
     end_punch(pool, run, result >= 0);
+    if (--pool->punching == 0 && pool->closed) pthread_cond_broadcast(&pool->committed);
     if (result >= 0) {
       pool->metrics.punched_bytes += run.count << pool->chunk_shift;
       pool->refused = false;

@@ -83,7 +83,7 @@ int tp_encode(tp_pool *pool, const uint8_t **records, uint64_t *length) {
 /* The host tells of a failure once: whoever waits here for a sync that fails must not try again, and find that all is well. */
 int tp_sync(tp_pool *pool) {
   pthread_mutex_lock(&pool->syncing);
-  int rc = pool->failed ? tp_error_set(TP_EFAILED) : TP_OK;
+  int rc = pool->failed ? tp_error_set(TP_EFAILED) : pool->closed ? tp_error_set(TP_ECLOSED) : TP_OK;
   if (rc == TP_OK && atomic_exchange(&pool->unsynced, false)) {
     int result = pool->disk.sync(pool->disk.ctx);
     if (result < 0) {

@@ -127,6 +127,37 @@ def test_who_waits_for_a_sync_that_fails_is_told(tmp_path: Path) -> None:
     del failing
 
 
+def test_closing_waits_for_what_is_under_way_without_a_lock(tmp_path: Path) -> None:
+    """Here chunks that are being punched: the records are needed after it, and the file's descriptor meanwhile."""
+    world = World(tmp_path, 16384, random.Random(1))
+    punching, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def punch(*_: object) -> int:
+        punching.set()
+        go_on.wait(30)
+        assert not closed.is_set()
+        return 0
+
+    operation = world.disk.operations.punch = _ffi.callback("int(void *, uint64_t, uint64_t)", punch, error=-5)
+    pool = world.open()
+    pool.create_layer("a", 1 << 20).pwrite(b"x" * (1 << 20), 0)
+    pool.commit()
+    pool.layer("a").delete()
+    pool.engine.reclaim(1000)
+    pool.commit()
+    puncher = threading.Thread(target=pool.engine.punch, args=(1 << 20,))
+    closer = threading.Thread(target=lambda: (pool.engine.close(), closed.set()))
+    puncher.start()
+    assert punching.wait(30)
+    closer.start()
+    assert not closed.wait(0.2)
+    go_on.set()
+    for thread in (puncher, closer):
+        thread.join()
+    assert closed.is_set()
+    del operation
+
+
 def cut_after_a_sync(world: World, pool: Pool) -> Pool:
     """All data is on the disk, the records are those of the last commit; the pool, opened again."""
     world.disk._sync(None)

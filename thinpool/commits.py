@@ -51,6 +51,7 @@ class RecordStore(Source, Protocol):
     ) -> int: ...
     def put_window(self, record: Record) -> None: ...
     def oldest_reader(self) -> int: ...
+    def close(self) -> None: ...
 
 
 class Joining(Protocol):
@@ -191,6 +192,12 @@ class Committer:
             except PoolFailed as error:
                 raise self._fail(error) from error
             self.engine.activate_window()
+
+    def close(self) -> None:
+        """Closes the engine, and the store when nobody extends the window any more."""
+        self.engine.close()
+        with self._window_lock:
+            self.store.close()
 
     def _is_short(self) -> bool:
         """Whether hardly any space is left, of the pool's capacity or of the host's disk; of a quota on that only a refused write tells."""

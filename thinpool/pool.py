@@ -176,8 +176,7 @@ class Pool:
                 # All that was handed out is committed: the next opening need not take this for a crash.
                 self._store.put_window(self._engine.no_window())
         finally:
-            self._engine.close()
-            self._store.close()
+            self._committer.close()
             self._files.close()
 
     def __del__(self) -> None:

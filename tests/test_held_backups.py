@@ -1,4 +1,4 @@
-"""Held metadata backups: what they name stays as it was until they are dropped, whatever becomes of the pool meanwhile."""
+"""Held metadata backups: making, keeping and dropping them, also cut short; by the command and through a server."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from commandline import Command, wait_until
+from heldworld import CHUNK, MIB, Content, build, content_of, damage, hold, is_held, restored, ruin, scribble
 from test_compact import whole
 
 import thinpool
@@ -20,178 +21,14 @@ from thinpool import backups as copies
 from thinpool.backups import held_backups
 from thinpool.catalog import HELD_LABEL, HELD_LAYER_LABEL
 from thinpool.commits import Committer
-from thinpool.engine import MAP, NODE
 from thinpool.metadata import Metadata
-from thinpool.recovery.dump import dump
-from thinpool.recovery.dump import restore as restore_dump
-from thinpool.recovery.repair import repair, restore_metadata
 from thinpool.recovery.stored import StoredState
 from thinpool.trash import take_back, throw_away
-
-MIB = 1 << 20
-CHUNK = 16 << 10
-Content = dict[str, tuple[bool, bytes]]
-
-
-def content_of(pool: Pool) -> Content:
-    """All that there is, by layer: whether it is sealed, and its bytes."""
-    return {layer.name: (layer.sealed, layer.pread(layer.size, 0)) for layer in pool.layers()}
-
-
-def scribble(layer: thinpool.Layer, rng: random.Random, times: int = 60) -> None:
-    for _ in range(times):
-        layer.pwrite(rng.randbytes(rng.randrange(1, 6000)), rng.randrange(layer.size - 6000))
-
-
-def build(path: Path, capacity: str = "32M") -> None:
-    """Layers that share chunks, whole ones and parts of them; two that are equal, which nobody has noticed yet; one of which all is its own."""
-    rng = random.Random(1)
-    with Pool.create(path, CHUNK, capacity) as pool:
-        base = pool.create_layer("base", 3 * MIB, labels={"os": "none"})
-        base.pwrite(rng.randbytes(2 * MIB), 5000)
-        scribble(base.snapshot("base@1").clone("web"), rng)
-        pool.compute_digests()
-        scribble(base, rng)
-        solo = pool.create_layer("solo", 2 * MIB)
-        solo.pwrite(rng.randbytes(MIB), 0)
-        solo.discard(100_000, 50_000)
-        same = rng.randbytes(MIB)
-        for name in ("one", "two"):
-            pool.create_layer(name, MIB).pwrite(same, 0)
-            pool.layer(name).seal()
-        scribble(pool.layer("two").clone("heir"), rng, 10)
-        pool.create_layer("empty", "1G").resize("1M", allow_shrink=True)
-
-
-def ruin(path: Path) -> None:
-    """All that can be done to a pool, so that as little as possible is where it was; then its metadata is damaged."""
-    rng = random.Random(2)
-    with Pool.open(path) as pool:
-        pool.compute_digests()  # one and two become one
-        for name in ("base", "web"):
-            scribble(pool.layer(name), rng)
-        pool.layer("solo").discard(0, 2 * MIB)
-        pool.layer("heir").resize("600K", allow_shrink=True)
-        pool.reclaim()
-        for name in ("web", "one", "base@1"):
-            throw_away(pool, pool.layer(name), 24)
-        pool._committer.empty_trash()
-        pool.reclaim()
-        with suppress(BackupHeld):
-            pool.compact()
-        pool.layer("two").delete()
-        pool.layer("base").write_zeroes(0, MIB)
-        pool.layer("base").reset("heir")
-        pool.reclaim()
-        with pytest.raises(OutOfSpace):
-            for number in range(1000):
-                pool.create_layer(f"filler-{number}", MIB).pwrite(rng.randbytes(MIB), 0)
-        pool.commit()
-        pool.reclaim()
-    damage(path)
-
-
-def damage(path: Path) -> None:
-    (path / "meta/data.mdb").write_bytes(b"\xa5" * 100_000)
-
-
-def hold(path: Path) -> Path:
-    """Of a closed pool."""
-    with Pool.open(path) as pool:
-        name = pool.make_backup(hold=True).name
-    return path / "meta.held" / name
-
-
-def restored(path: Path, backup: Path) -> Content:
-    """What the pool has once the backup is put back; it is whole."""
-    done = restore_metadata(path, backup)
-    assert not (done.before.corruptions or done.lost or done.found or done.dropped)
-    whole(path)
-    with Pool.open(path, background=False) as pool:
-        return content_of(pool)
-
-
-def is_held(path: Path) -> bool:
-    """Whether the pool has holds: exactly those of the backups that say so."""
-    with Pool.open(path, background=False) as pool:
-        there = {layer.labels[HELD_LABEL] for layer in pool.layers(HELD_LABEL)}
-    assert there == {backup.name for backup in held_backups(path)}
-    return bool(there)
 
 
 @pytest.fixture
 def built(pool_path: Path) -> tuple[Path, Content]:
-    build(pool_path)
-    with Pool.open(pool_path) as pool:
-        return pool_path, content_of(pool)
-
-
-# --- what it is for ---
-
-
-def test_every_byte_of_every_layer_is_back(built: tuple[Path, Content]) -> None:
-    path, content = built
-    backup = hold(path)
-    ruin(path)
-    assert restored(path, backup) == content
-    with Pool.open(path) as pool:
-        assert (pool.layer("base").labels, pool.layer("web").parent) == ({"os": "none"}, pool.layer("base@1"))
-    for _ in range(2):  # and it is held still
-        ruin(path)
-        assert restored(path, backup) == content
-
-
-def test_without_holds_it_is_not(built: tuple[Path, Content]) -> None:
-    """So that the test above is one."""
-    path, content = built
-    with Pool.open(path) as pool:
-        backup = path / "meta.backups" / pool.make_backup().name
-    ruin(path)
-    restore_metadata(path, backup)
-    with Pool.open(path, background=False) as pool:
-        assert {layer.name for layer in pool.layers()} == content.keys()
-        assert sum(pool.layer(name).pread(len(was), 0) != was for name, (_, was) in content.items()) >= 4
-
-
-def test_one_of_two_and_then_the_other(built: tuple[Path, Content]) -> None:
-    """Going back leaves what a later one holds, and the way there is open."""
-    path, before = built
-    first = hold(path)
-    with Pool.open(path) as pool:
-        pool.layer("empty").delete()
-        scribble(pool.layer("web"), random.Random(3))
-        pool.create_layer("late", "1M").pwrite(b"late" * 1000, 0)
-        pool.layer("late").snapshot("late@1")
-        pool.compute_digests()
-        after = content_of(pool)
-    second = hold(path)
-    ruin(path)
-    for _ in range(2):
-        for backup, content in ((first, before), (second, after)):
-            assert restored(path, backup) == content
-            with Pool.open(path) as pool:
-                pool.compute_digests()
-                scribble(pool.layer("web"), random.Random(4))
-    with Pool.open(path) as pool:
-        for backup in (first, second):
-            pool.drop_backup(backup.name)
-    whole(path)
-
-
-def test_checksums_of_what_was_not_held_do_not_come_back(pool_path: Path) -> None:
-    """The chunks of what was in the trash are another layer's by now, which a later backup holds."""
-    with Pool.create(pool_path, CHUNK, "4M") as pool:
-        gone = pool.create_layer("gone", "2M")
-        gone.pwrite(b"g" * (2 << 20), 0)
-        gone.seal()
-        pool.compute_digests()
-        throw_away(pool, gone, 24)
-        first = pool_path / "meta.held" / pool.make_backup(hold=True).name
-        pool._committer.empty_trash()
-        pool.reclaim()
-        pool.create_layer("later", "4M").pwrite(b"l" * (3 << 20), 0)
-        pool.make_backup(hold=True)
-    assert restored(pool_path, first) == {}
+    return pool_path, build(pool_path)
 
 
 def test_what_changes_while_it_is_made_is_not_in_it(pool_path: Path) -> None:
@@ -420,73 +257,6 @@ def test_who_is_interrupted_leaves_nothing(pool_path: Path, monkeypatch: pytest.
             pool.make_backup(hold=True)
         assert pool.layers(HELD_LABEL) == []
     assert not is_held(pool_path)
-
-
-# --- other ways to new metadata ---
-
-
-def restore_earlier(path: Path, earlier: Path, text: Path) -> Iterator[Callable[[], object]]:
-    yield lambda: restore_metadata(path, earlier)
-    yield lambda: restore_dump(path, text.open("rb"))
-
-
-def test_what_knows_nothing_of_it_is_not_restored(built: tuple[Path, Content], tmp_path: Path) -> None:
-    """Its chunks would be free, and soon another layer's."""
-    path, _ = built
-    with Pool.open(path) as pool:
-        earlier = path / "meta.backups" / pool.make_backup().name
-    text = tmp_path / "dump"
-    text.write_text("".join(dump(path)))
-    backup = hold(path)
-    for restore in restore_earlier(path, earlier, text):
-        with pytest.raises(BackupHeld, match=backup.name):
-            restore()
-    with Pool.open(path) as pool:
-        pool.drop_backup(backup.name)
-    for restore in restore_earlier(path, earlier, text):
-        restore()
-    whole(path)
-
-
-def test_what_knows_of_it_leaves_it_held(built: tuple[Path, Content], tmp_path: Path) -> None:
-    path, content = built
-    backup = hold(path)
-    with Pool.open(path) as pool:
-        scribble(pool.layer("web"), random.Random(6))
-        later = path / "meta.backups" / pool.make_backup().name
-    text = tmp_path / "dump"
-    text.write_text("".join(dump(path)))
-    for restore in restore_earlier(path, later, text):
-        restore()
-        assert is_held(path)
-    ruin(path)
-    assert restored(path, backup) == content
-
-
-def test_a_repair_keeps_what_it_holds(built: tuple[Path, Content]) -> None:
-    """Also where the pool itself has lost nodes, maps and names of its holds: the backup has them still."""
-    path, content = built
-    backup = hold(path)
-    with Pool.open(path) as pool:
-        for layer in pool.layers():
-            layer.delete()
-        pool.reclaim()
-        holds = [layer.id for layer in pool.layers(HELD_LABEL)]
-    store = Metadata(path / "meta")
-    nodes = [key for key, _ in store.records(NODE)]
-    store.commit([*((NODE, key, None) for key in nodes[::2]), (MAP, holds[0].to_bytes(8, "big"), None)], {holds[1]: None}, {}, {})
-    store.close()
-    done = repair(path)
-    assert done.before.corruptions and not (done.lost or done.dropped or done.found)
-    whole(path)
-    assert is_held(path)
-    ruin_all_free(path)
-    assert restored(path, backup) == content
-
-
-def ruin_all_free(path: Path) -> None:
-    with Pool.open(path) as pool, pytest.raises(OutOfSpace):
-        pool.create_layer("filler", "1G").pwrite(random.Random(7).randbytes(40 * MIB), 0)
 
 
 # --- the command, and through a server ---

@@ -83,6 +83,22 @@ def test_what_is_asked_to_be_durable_is_committed_when_it_is_answered(app: Any, 
     assert bool(quiet_pool.engine.info().dirty) == (durable == "false")
 
 
+def test_what_is_being_committed_is_not_durable_yet(app: Any, quiet_pool: thinpool.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state that an answer tells is what a client goes by after a kill."""
+
+    def state() -> list[str]:
+        return ask(app, "GET", "/v1/pool").headers["thinpool-state"].split(" ")[1:]
+
+    _, before = state()
+    ask(app, "POST", "/v1/layers/{a}/clone", {"name": "b"})
+    seen, sync = [state()], quiet_pool.engine.sync
+    monkeypatch.setattr(quiet_pool.engine, "sync", lambda: (seen.append(state()), sync()))
+    quiet_pool.commit()
+    needed, durable = state()
+    assert needed == durable != before
+    assert seen == [[needed, before]] * 2
+
+
 def test_what_fails_is_not_committed(app: Any, quiet_pool: thinpool.Pool) -> None:
     before = quiet_pool.engine.info().durable_txn
     assert ask(app, "POST", "/v1/layers/{a}/clone?durable=true", {"name": "a"}).status == 409

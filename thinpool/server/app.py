@@ -81,7 +81,8 @@ class _Gatekeeper:
     async def _send(self, send: Any, message: Any) -> None:
         if message["type"] == "http.response.start":
             info = self._pool.engine.info()
-            state = f"{self._identity} {info.txn if info.dirty else info.durable_txn} {info.durable_txn}"
+            needed = info.txn if info.dirty else info.txn - 1  # which may be being committed
+            state = f"{self._identity} {needed} {info.durable_txn}"
             message["headers"].append((STATE_HEADER.lower().encode(), state.encode()))
         await send(message)
 

@@ -119,7 +119,11 @@ static void destroy(tp_pool *pool) {
 }
 
 static void init_locks(tp_pool *pool) {
-  pthread_mutex_init(&pool->mutex, NULL);
+  pthread_mutexattr_t recursive;
+  pthread_mutexattr_init(&recursive);
+  pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
+  pthread_mutex_init(&pool->mutex, &recursive);
+  pthread_mutexattr_destroy(&recursive);
   pthread_mutex_init(&pool->resizing, NULL);
   pthread_mutex_init(&pool->compacting, NULL);
   pthread_mutex_init(&pool->syncing, NULL);

@@ -54,7 +54,7 @@ struct tp_layer {
 };
 
 struct tp_pool {
-  pthread_mutex_t mutex;
+  pthread_mutex_t mutex; /* recursive: what the fetch callback sets free may be handles of this pool (tp_layer_put). Waited with only where it is taken once */
   pthread_mutex_t resizing; /* one tp_layer_resize at a time; taken before all others */
   pthread_mutex_t compacting; /* a step of a compaction: taken before all others, and by whoever stops or closes the pool */
   bool compacted;             /* there is a compaction; under the mutex */

@@ -5,8 +5,10 @@ The seed is in the test's name; ``--crash-cuts`` sets how many cuts a run makes 
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +158,31 @@ def test_closing_waits_for_what_is_under_way_without_a_lock(tmp_path: Path) -> N
         thread.join()
     assert closed.is_set()
     del operation
+
+
+def test_a_handle_that_python_lets_go_of_in_the_middle_of_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are fetched with the engine's lock held, and whatever runs in Python may collect garbage."""
+    world = World(tmp_path, 16384, random.Random(1))
+    pool = world.open()
+    for name in "ab":
+        pool.create_layer(name, 1 << 20).pwrite(b"x" * (1 << 20), 0)
+    pool.commit()
+    pool.engine.close()
+    pool = world.open()
+    cycle: list[object] = [pool.layer("a")]
+    cycle.append(cycle)
+    handle, fetch, collected = weakref.ref(cycle[0]), world.records.fetch, list[int]()
+
+    def fetch_and_collect(kind: int, key: int) -> bytes | None:
+        collected.append(gc.collect())
+        return fetch(kind, key)
+
+    monkeypatch.setattr(world.records, "fetch", fetch_and_collect)
+    del cycle
+    assert pool.layer("b").pread(1, 0) == b"x"
+    assert any(collected) and handle() is None
+    assert pool.layer("a").pread(1, 0) == b"x"
+    pool.engine.close()
 
 
 def cut_after_a_sync(world: World, pool: Pool) -> Pool:

@@ -62,7 +62,7 @@ def work_with_images(pool: PoolAPI, layout: Path, directory: Path) -> dict[str, 
     containers.reset("box")
     given["reset"] = list(containers.diff("box"))
     given["containers"] = [replace(one, created=0) for one in containers.list()] == [replace(containers.get("box"), created=0)]
-    given["configuration"] = {**containers.configuration("box"), "created": 0}
+    given["configuration"] = {**containers.configuration("box"), "created": 0, "layer_id": 0}  # of that moment, of that pool
     containers.remove("box")
     images.untag("app:2")
     given["remove"], given["removed"] = images.remove("app:1"), images.remove("app:3", force=True).references

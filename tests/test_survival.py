@@ -96,6 +96,11 @@ def mounted_ext4(served: Served, place: Path) -> None:
     layer.mount(place)
 
 
+def descriptors_of(pid: int) -> int:
+    """How many it has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
 def check(served: Served) -> None:
     layer = served.pool.layer("disk")
     subprocess.run(["e2fsck", "-fn", layer.attach().device], check=True, capture_output=True)
@@ -316,8 +321,9 @@ def test_a_file_system_frozen_by_a_killed_server_is_thawed(served: Served, place
 def test_a_killed_keeper_is_replaced(served: Served, place: Path) -> None:
     mounted_ext4(served, place)
     before = served.keeper()
+    held = descriptors_of(before)
     os.kill(before, signal.SIGKILL)
-    wait_until(lambda: (served.path / "run/keeper.sock").exists() and served.keeper() not in (0, before))
+    wait_until(lambda: (now := served.keeper()) not in (0, before) and descriptors_of(now) == held)
     served.kill()
     (place / "file").write_text("x")
     served.pool.layer("disk").unmount()

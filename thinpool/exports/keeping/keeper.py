@@ -88,9 +88,8 @@ class Keeper:
             if not self._find_successor():
                 break
         takedown.take_down(self._run)
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self._run, SOCKET_NAME))
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._run, SOCKET_NAME))  # also a killed keeper's: nobody else is here while the lock is held
 
     # --- while a process is there ---
 

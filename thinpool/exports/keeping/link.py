@@ -143,10 +143,10 @@ class KeeperLink:
         if self._process is not None:
             self._process.wait()
         self._start(clear=False)
-        for name, descriptors in self._kept.items():
-            send(self._channel, {"keep": name}, descriptors)
         for message in self._news:
             send(self._channel, message)
+        for name, descriptors in self._kept.items():
+            send(self._channel, {"keep": name}, descriptors)
 
     def _start(self, *, clear: bool) -> None:
         os.makedirs(self._run, mode=0o700, exist_ok=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from test_checksums import flip, stored
 
 from thinpool import Healed, Pool
 from thinpool.healing import _put
+from thinpool.recovery.report import Report
+from thinpool.recovery.scrub import scrub_chunks
 
 CHUNK = 65536
 
@@ -89,6 +93,39 @@ def test_from_raw_images(command: Command) -> None:
     assert told.startswith("nothing to repair\n") and "healed" in told
     assert contents(command.pool) == right
     assert command("repair", "--heal-from", "base.raw").splitlines() == ["nothing to repair", "nothing to heal"]
+
+
+def test_sectors_that_the_disk_has_lost(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cannot be read before they are written again; of a chunk's other sectors what can be read is used."""
+    filled(command.pool)
+    right = contents(command.pool)
+    with Pool.open(command.pool, read_only=True) as pool:
+        first, one, whole = (pool.layer("base").handle.chunk_at(index) for index in (0, 7, 8))
+    assert first is not None and one is not None and whole is not None
+    lost = [first * CHUNK + 4096, one * CHUNK + 5 * 4096, *range(whole * CHUNK, (whole + 1) * CHUNK, 4096)]
+    mark, pread = b"lost" * 1024, os.pread
+    with (command.pool / "data").open("r+b", buffering=0) as data:
+        for sector in lost:
+            os.pwrite(data.fileno(), mark, sector)
+
+    def failing(fd: int, length: int, offset: int) -> bytes:
+        content = pread(fd, length, offset)
+        if any(offset <= sector < offset + length and content[sector - offset :].startswith(mark) for sector in lost):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return content
+
+    monkeypatch.setattr(os, "pread", failing)
+    report = Report("scrub")
+    assert set(scrub_chunks(command.pool, report)) == {first, one, whole}
+    assert [problem.message for problem in report.problems] == [f"chunk {chunk} cannot be read: Input/output error" for chunk in sorted((first, one, whole))]
+    (command.directory / "blocks").write_bytes(right["top"][:8192])
+    done = heal(command.pool, command.directory / "blocks")
+    assert done.chunks == 3 and {part.offset // CHUNK for part in done.healed} == {0} and done.left
+    filled(other := command.directory / "other")
+    done = heal(command.pool, other)
+    assert (done.chunks, done.left, done.differ) == (2, (), ())
+    assert not scrub_chunks(command.pool, Report("scrub"))
+    assert contents(command.pool) == right
 
 
 def test_what_is_not_found_is_left_and_told(command: Command) -> None:

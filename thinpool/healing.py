@@ -16,7 +16,7 @@ from typing import Protocol
 
 from .api import Credentials, Healed, Progress, Range
 from .digests import has_its_content, lineage
-from .engine import _core, _ffi
+from .engine import BLOCK_SIZE, _core, _ffi
 from .errors import DamagedError, DiskError, LayerDeleted, LayerNotFound, OutOfSpace, PoolBusy
 from .images.credentials import credentials_for
 from .images.importer import ChainLocks, Importer
@@ -217,7 +217,7 @@ def _heal_chunk(pool: Pool, source: _Source, chunk: int, checksum: int, places: 
     for place in places:
         entries.setdefault((place[0], place[1] // size), []).append(place)
     with (pool.path / "data").open("rb", buffering=0) as data:
-        own = _read(data.fileno(), size, chunk)
+        own = _read(data.fileno(), chunk * size, size)
     together, changed = bytearray(own), False
     for (name, index), parts in entries.items():
         try:
@@ -241,11 +241,14 @@ def _put(layer: Layer, index: int, chunk: int, content: bytearray) -> bool:
     return bool(layer.handle.engine.check(rc, layer.id))
 
 
-def _read(data_fd: int, size: int, chunk: int) -> bytes:
+def _read(data_fd: int, offset: int, length: int) -> bytes:
+    """What is there; zeros for blocks that the disk has lost."""
     try:
-        return os.pread(data_fd, size, chunk * size).ljust(size, b"\0")
-    except OSError:  # the disk has lost it
-        return bytes(size)
+        return os.pread(data_fd, length, offset).ljust(length, b"\0")
+    except OSError:
+        if length == BLOCK_SIZE:
+            return bytes(length)
+        return b"".join(_read(data_fd, at, BLOCK_SIZE) for at in range(offset, offset + length, BLOCK_SIZE))
 
 
 def _overlaid(source: _Source, layer: Layer, parts: Sequence[Place], own: bytes, together: bytearray) -> Iterator[bytearray]:

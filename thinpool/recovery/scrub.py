@@ -30,20 +30,21 @@ def scrub_chunks(path: Path, report: Report, progress: Progress | None = None, p
     """Adds what is wrong with the chunks of the pool in ``path``, which may be in use; by this process, where ``pin`` is given (as :class:`StoredState` has
     it). ``progress``: bytes, of the data file's length.
 
-    The chunks that are not what their checksums say.
+    The chunks that are not what their checksums say, also those of them that cannot be read.
     """
     with _open_data(path) as files:
         scrub = _Scrub(files, report, pin)
         with scrub.state() as state:
-            unreadable = scrub.run(state, progress)
+            scrub.run(state, progress)
         scrub.confirm_clean()
         wrong = scrub.confirm_wrong()
+        unreadable = scrub.unreadable
         if not wrong and not unreadable:
             return {}
         with scrub.state() as state:
             tables = read_tables(state, Report("full"))
             report.add_ranges(ranges_of_chunks(state, tables, unreadable.__contains__, "the host's disk cannot read it"))
-            report.add_ranges(ranges_of_chunks(state, tables, wrong.__contains__, "it is not what its checksum says"))
+            report.add_ranges(ranges_of_chunks(state, tables, (wrong.keys() - unreadable).__contains__, "it is not what its checksum says"))
             return _places(state, tables, wrong)
 
 
@@ -81,6 +82,7 @@ class _Scrub:
         self._files, self._report, self._pin = files, report, pin
         self._suspects: set[int] = set()  # free, and not zeros
         self._wrong: set[int] = set()  # not what their checksums say
+        self.unreadable: set[int] = set()  # and in use
         self.chunk_size = 0
 
     def state(self) -> StoredState:
@@ -91,11 +93,11 @@ class _Scrub:
         """These may not be what their checksums say."""
         self._wrong |= set(chunks)
 
-    def run(self, state: StoredState, progress: Progress | None) -> set[int]:
-        """Reads all that holds data, and what has a checksum; the chunks in use that cannot be read."""
+    def run(self, state: StoredState, progress: Progress | None) -> None:
+        """Reads all that holds data, and what has a checksum."""
         self.chunk_size = state.pool_record()["chunk_size"]
         counters, _, window = state.state()
-        size, unreadable = os.fstat(self._files.data_fd).st_size, set[int]()
+        size = os.fstat(self._files.data_fd).st_size
         checksums = Checksums(state, lambda _: None)
         for page, value in state.chunk_pages(counters.pages if counters else 0):
             values = new_page()
@@ -111,7 +113,9 @@ class _Scrub:
                     content = self._read(chunk)
                 except OSError as error:
                     if allocated:
-                        unreadable.add(chunk)
+                        self.unreadable.add(chunk)
+                        if chunk in expected:
+                            _add(self._wrong, chunk)
                         self._report.corrupt(f"chunk {chunk} cannot be read: {error.strerror}")
                     continue
                 if not allocated and not is_zero(content):
@@ -120,7 +124,6 @@ class _Scrub:
                     _add(self._wrong, chunk)
             if progress is not None:
                 progress(min((page + 1) * PAGE_VALUES * self.chunk_size, size), size)
-        return unreadable
 
     def _read(self, chunk: int) -> bytes:
         return os.pread(self._files.data_fd, self.chunk_size, chunk * self.chunk_size)
@@ -139,15 +142,15 @@ class _Scrub:
             yield from range(min(first, end), chunk)
 
     def confirm_wrong(self) -> dict[int, int]:
-        """Tells of the chunks that are not what their checksums say, and gives these: a checksum that is there before and after a chunk is
-        read was there meanwhile, and with it nobody had begun to write to the chunk."""
+        """Tells of the chunks that are not what their checksums say, and gives these, with those that cannot be read: a checksum that is
+        there before and after a chunk is read was there meanwhile, and with it nobody had begun to write to the chunk."""
         if not self._wrong:
             return {}
         before = self._stored()
         now = {chunk: self._checksum_now(chunk) for chunk in before}
         after = self._stored()
         wrong = {chunk: known for chunk, known in before.items() if now[chunk] != known and after.get(chunk) == known}
-        for chunk in sorted(wrong):
+        for chunk in sorted(wrong.keys() - self.unreadable):
             self._report.corrupt(f"chunk {chunk} is not what its checksum says", "I9")
         return wrong
 

@@ -245,7 +245,8 @@ def test_an_import_without_space(tmp_path: Path) -> None:
 
 def test_an_import_that_was_killed_is_gone_at_the_next_opening(pool_path: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(os.urandom(12 * MIB))
-    pool = Pool.create(pool_path)
+    Pool.create(pool_path).close()
+    pool = Pool.open(pool_path, background=False)  # a killed process has no threads that go on
 
     def die(done: int, total: int) -> None:
         pool.commit()

@@ -140,6 +140,24 @@ def test_what_was_kept_of_a_deleted_layer_is_dropped(tmp_path: Path, monkeypatch
         assert pool.documents("digest/") == []
 
 
+def test_layers_that_are_deleted_meanwhile_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is known what is to be done, and while it is."""
+    with Pool.create(tmp_path / "pool") as pool:
+        for name in ("early", "late", "kept"):
+            layer = pool.create_layer(name, "1M")
+            layer.pwrite(name.encode(), 0)
+            layer.seal()
+        documents = pool.documents
+
+        def deleting(prefix: str) -> object:
+            pool.layer("early").delete()
+            return documents(prefix)
+
+        monkeypatch.setattr(pool, "documents", deleting)
+        pool.compute_digests(lambda _done, _total: pool.layer("late").delete() if "late" in {one.name for one in pool.layers()} else None)
+        assert [(layer.name, "content" in layer.digests) for layer in pool.layers()] == [("kept", True)]
+
+
 def test_an_open_pool_computes_them_by_itself_while_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of a pool of an earlier version have none: nothing is converted at the opening, and I/O goes on meanwhile."""
     with Pool.create(tmp_path / "pool") as pool:

@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .catalog import PARTIAL_LABEL
@@ -117,7 +118,7 @@ class _Work:
         if content is None:
             return None
         stored: dict[str, Any] = json.loads(content)
-        # Ids are used again; and earlier versions made no checksums.
+        # Earlier versions used ids again, and made no checksums.
         fits = (stored["created"], stored["base"], stored.get("checksums")) == (self._layer.created, self._base_digest, True)
         return stored if fits else None
 
@@ -303,33 +304,37 @@ class Digester(threading.Thread):
         assert pool is not None  # whose method calls this
         with self._working:
             waiting = _waiting(pool)
-            total, done = sum(layer.size for layer in waiting), 0
-            for layer in waiting:
+            total, done = sum(size for _, size in waiting), 0
+            for layer, size in waiting:
 
                 def on_piece(position: int, done: int = done) -> None:
                     if progress is not None:
                         progress(done + position, total)
 
                 try:
-                    size = layer.size
                     (_make_checksums if "content" in layer.digests else _digest)(layer, on_piece)
                     done += size
                 except LayerDeleted:
                     continue
 
 
-def _waiting(pool: Pool) -> list[Layer]:
-    """Sealed layers without a digest or checksums, the oldest first, so that bases are; what was kept of layers that are gone is dropped."""
+def _waiting(pool: Pool) -> list[tuple[Layer, int]]:
+    """Sealed layers without a digest or checksums, and their sizes, the oldest first, so that bases are; what was kept of layers that are gone is dropped."""
     layers = {layer.id: layer for layer in pool.layers()}
     for key, _ in pool.documents(_KEY):
         if int(key.removeprefix(_KEY)) not in layers:
             pool.put_document(key, None)
-    return [one for one in layers.values() if one.sealed and PARTIAL_LABEL not in one.labels and not (_has_checksums(one) and "content" in one.digests)]
+    waiting = []
+    for layer in layers.values():
+        with suppress(LayerDeleted):
+            if _lacks_some(layer):
+                waiting.append((layer, layer.size))
+    return waiting
 
 
-def _has_checksums(layer: Layer) -> bool:
+def _lacks_some(layer: Layer) -> bool:
     record = layer.pool.record(layer.id)
-    return record is not None and record.checksums
+    return record is not None and layer.sealed and PARTIAL_LABEL not in record.labels and not (record.checksums and "content" in record.digests)
 
 
 def _digest(layer: Layer, on_piece: Callable[[int], None]) -> None:

@@ -2,8 +2,9 @@
 
 ``./dev soak [MINUTES]``. Workers (soakworkers.py) change layers of their own by the library, HTTP, NBD and the command, and files on mounted file
 systems, and note what must be there. Meanwhile this process, the conductor, kills the server, its keeper and the workers, has the server replaced,
-lets the pool run short of space, checks it, digests it, backs it up. In the last part the server is let live, and its memory is looked at over time. At the
-end every byte is compared. Everything random comes from the seed that is printed, but for when processes get to run.
+lets the pool run short of space, checks it, digests it, compacts it, backs it up, sometimes so that all is held, damages it and heals it. In the last
+part the server is let live, and its memory is looked at over time. At the end every byte is compared. Everything random comes from the seed that is
+printed, but for when processes get to run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import invariants
-from soakplace import GOLDEN, GOLDEN_BYTES, MIB
+from soakplace import GOLDEN, GOLDEN_BYTES, MIB, SPARE
 
 import thinpool
 from thinpool.errors import ThinpoolError
@@ -126,8 +127,10 @@ class Soak:
         thinpool.Pool.create(self.path, capacity=CAPACITY).close()
         (self.top / GOLDEN).write_bytes(self.rng.randbytes(GOLDEN_BYTES))
         (self.top / GOLDEN).chmod(0o400)
+        (self.top / SPARE).write_bytes(self.rng.randbytes(2 * MIB))
         with self.pool() as pool:
-            pool.import_raw(self.top / GOLDEN, GOLDEN).seal()
+            for name in (GOLDEN, SPARE):
+                pool.import_raw(self.top / name, name).seal()
             for kind, size in FILE_SYSTEM_BYTES.items():
                 layer = pool.create_layer(f"base-{kind}", size)
                 run(f"mkfs.{kind}", "-q", layer.attach().device)
@@ -153,6 +156,7 @@ class Soak:
         storm_ends, ends = began + STORM_PART * self.seconds, began + self.seconds
         steps: list[tuple[Callable[[], None], float]] = [
             (self._kill_worker, 4), (self._run_short, 1), (self._extend_by_itself, 1), (self._check, 2), (self._digest, 1), (self._back_up, 1),
+            (self._hold, 1), (self._compact, 1), (self._heal, 2),
         ]  # fmt: skip
         storm: list[tuple[Callable[[], None], float]] = [*steps, (self._kill_server, 8), (self._take_over, 2), (self._kill_keeper, 1)]
         sample_at = 0.0
@@ -178,7 +182,7 @@ class Soak:
                 del self._beside[name]
                 said, _ = command.communicate()
                 # A verb that asked a server which was killed meanwhile says so.
-                gone = name == "digest" and "server" in said
+                gone = name != "check" and "server" in said
                 assert command.returncode == 0 or gone, f"thinpool {name} ended with {command.returncode}: {said}"
 
     def _wait_until(self, what: Callable[[], bool], seconds: float, why: str) -> None:
@@ -201,11 +205,16 @@ class Soak:
     def _keepers(self) -> list[int]:
         return processes("keeping.keeper", str(self.path / "run"))
 
+    def _keeper_listens_since(self) -> int:
+        with suppress(FileNotFoundError):
+            return (self.path / "run/keeper.sock").stat().st_mtime_ns
+        return 0
+
     def _kill_keeper(self) -> None:
-        before = self._keepers()
-        for pid in before:
+        listened = self._keeper_listens_since()
+        for pid in self._keepers():
             os.kill(pid, signal.SIGKILL)
-        self._wait_until(lambda: (self.path / "run/keeper.sock").exists() and not set(self._keepers()) <= set(before), START_SECONDS, "no other keeper")
+        self._wait_until(lambda: self._keeper_listens_since() not in (0, listened), START_SECONDS, "no other keeper")
 
     def _kill_worker(self) -> None:
         name = self.rng.choice(sorted(WORKERS))
@@ -252,6 +261,34 @@ class Soak:
     def _back_up(self) -> None:
         self._command("restore-metadata", "restore-metadata", "--make")
 
+    def _held(self) -> list[str]:
+        with self.pool() as pool:
+            return [backup.name for backup in pool.backups() if backup.held]
+
+    def _hold(self) -> None:
+        """All that there is now is held, or is so no more."""
+        held = self._held()
+        self._command("restore-metadata", "restore-metadata", *(["--drop", held[0]] if held else ["--make", "--hold"]))
+
+    def _compact(self) -> None:
+        if not self._beside and not self._held():
+            self._command("compact", "compact")
+
+    def _heal(self) -> None:
+        """A sealed layer loses some of its bytes, and gets them back."""
+        if self._beside:  # what reads all of the pool would tell of them; what moves chunks might move these
+            return
+        image = (self.top / SPARE).read_bytes()
+        with self.pool() as pool, (self.path / "data").open("r+b", buffering=0) as data:
+            size = pool.chunk_size
+            at = self.rng.randrange(0, len(image), size)
+            lies_at = next(place for place in range(0, CAPACITY * 2, size) if os.pread(data.fileno(), size, place) == image[at : at + size])
+            os.pwrite(data.fileno(), self.rng.randbytes(4096), lies_at + self.rng.randrange(0, size, 4096))
+            healed = pool.heal([self.top / SPARE])
+            assert (healed.chunks, healed.left, healed.differ) == (1, (), ()), healed
+            layer = pool.layer(SPARE)
+            assert layer.pread(layer.size, 0) == image
+
     # --- the end ---
 
     def finish(self) -> None:
@@ -266,6 +303,8 @@ class Soak:
         with self.pool() as pool:
             assert pool.attachments() == [], "still mounted"
             self._compare(pool)
+            for name in self._held():
+                pool.drop_backup(name)
             pool.compute_digests()
             for kind in FILE_SYSTEM_BYTES:
                 device = pool.layer(f"{kind}-0").attach().device
@@ -284,7 +323,7 @@ class Soak:
     def _compare(self, pool: RemotePool) -> None:
         """The pool has the layers that the workers noted, and each holds what they noted."""
         noted = {path.name: path for path in self.top.glob("workers/*/layers/*")}
-        of_itself = {GOLDEN, "fio-0", *(f"{prefix}{kind}{suffix}" for kind in FILE_SYSTEM_BYTES for prefix, suffix in (("base-", ""), ("", "-0")))}
+        of_itself = {GOLDEN, SPARE, "fio-0", *(f"{prefix}{kind}{suffix}" for kind in FILE_SYSTEM_BYTES for prefix, suffix in (("base-", ""), ("", "-0")))}
         names = {layer.name for layer in pool.layers()} - of_itself
         assert {name for name in names if not name.startswith("trash/")} == set(noted), f"{sorted(names ^ set(noted))} are there and not noted, or the reverse"
         for name, path in noted.items():

@@ -16,6 +16,8 @@ from thinpool.errors import LayerBusy, OutOfSpace, ServerError
 MIB = 1 << 20
 GOLDEN, GOLDEN_BYTES = "golden", 8 * MIB
 """The layer that workers clone, so that they share chunks."""
+SPARE = "spare"
+"""One that nobody reads but who damages it."""
 PATIENCE_SECONDS = 120.0
 _SHORT_SECONDS = 60.0
 

@@ -113,14 +113,12 @@ class Layers:
 
     def _take_note(self, name: str, new: str, size: int = 0, *, sealed: bool = False) -> None:
         """A new layer has the content of another, and at least that size."""
-        note = self._note(new)
-        note.unlink(missing_ok=True)
         beside = self.place.own / "note"
         beside.unlink(missing_ok=True)
         shutil.copyfile(self._note(name), beside)
         os.truncate(beside, max(size, beside.stat().st_size))
         beside.chmod(0o400 if sealed else 0o600)
-        beside.replace(note)
+        beside.replace(self._note(new))
 
     def _overwrite(self, name: str, offset: int, data: bytes) -> None:
         with self._note(name).open("r+b") as file:

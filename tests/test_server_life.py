@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -300,23 +301,46 @@ def test_a_client_that_goes_while_it_sends_is_no_failure(path: Path) -> None:
     assert "Traceback" not in (path / "server.log").read_text()
 
 
-def test_an_answer_may_be_the_last_on_its_connection(tmp_path: Path) -> None:
-    """As one is that a server gives while it leaves: the next request goes by another connection."""
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\nConnection: close\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
+@contextmanager
+def answering(directory: Path, *answers: bytes) -> Iterator[None]:
+    """A server that gives these answers, one on each connection, and closes that."""
 
     def serve() -> None:
-        for _ in range(2):
+        for answer in answers:
             connection, _address = listener.accept()
             with connection:
                 connection.recv(4096)
                 connection.sendall(answer)
 
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "server.sock"))
+        listener.bind(str(directory / "server.sock"))
         listener.listen()
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        with RemotePool(tmp_path) as pool:
-            pool.commit()
+        yield
         thread.join(30)
         assert not thread.is_alive()
+
+
+def test_an_answer_may_be_the_last_on_its_connection(tmp_path: Path) -> None:
+    """As one is that a server gives while it leaves: the next request goes by another connection."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\nConnection: close\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
+    with answering(tmp_path, answer, answer), RemotePool(tmp_path) as pool:
+        pool.commit()
+
+
+def test_an_answer_in_lines_may_be_cut_off(tmp_path: Path) -> None:
+    """Where its server was killed; with the last line it is whole."""
+    pool = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nTransfer-Encoding: chunked\r\n\r\n"
+    first, last = b'{"progress": [1, 2]}\n', b'{"result": null}\n'
+    chunked = [b"%x\r\n%s\r\n" % (len(line), line) for line in (first, last)]
+    whole = head + b"".join(chunked)
+    cuts = range(len(head), len(whole))
+    with answering(tmp_path, pool, *(whole[:cut] for cut in cuts)), RemotePool(tmp_path) as remote:
+        for cut in cuts:
+            seen: list[tuple[int, int]] = []
+            complete = cut >= len(whole) - len("\r\n")
+            with nullcontext() if complete else pytest.raises(ServerError, match="went away"):
+                remote.compute_digests(lambda done, total, seen=seen: seen.append((done, total)))  # type: ignore[misc]
+            assert seen == [(1, 2)] * (cut >= len(head + chunked[0]) - len("\r\n"))

@@ -111,29 +111,31 @@ class Transport:
         encoded = None if body is None else json.dumps(body).encode()
         connection, response = self._send(method, route, encoded, "application/json", query)
         self._note_state(response, changes=method != "GET")
-        ended = False
+        ended = reusable = False
         try:
             while not ended:
-                text = response.readline()
-                if not text:
-                    raise http.client.IncompleteRead(b"")
-                line = json.loads(text)
+                line = self._next_line(response)
                 ended = "result" in line or "error" in line
-                if ended:
-                    response.read()
+                reusable = ended and _ends_here(response)
                 if "error" in line:
                     raise decode_error(line["error"])
                 yield line
-        except (ConnectionError, http.client.HTTPException) as error:
-            if ended:
-                raise
-            raise self._gone(error) from None
         finally:
-            if ended:
+            if reusable:
                 self._put_back(connection)
             else:
                 response.close()
                 connection.close()
+
+    def _next_line(self, response: http.client.HTTPResponse) -> dict[str, Any]:
+        try:
+            text = response.readline()
+            if not text.endswith(b"\n"):
+                raise http.client.IncompleteRead(text)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._gone(error) from None
+        line: dict[str, Any] = json.loads(text)
+        return line
 
     def _ask(self, method: str, route: str, body: bytes | None, content_type: str, query: dict[str, Any]) -> bytes:
         connection, response = self._send(method, route, body, content_type, query)
@@ -212,3 +214,11 @@ class Transport:
 
     def _gone(self, error: Exception) -> ServerError:
         return ServerError(f"the server of the pool {self._directory} cannot be reached or went away ({error}): connect again")
+
+
+def _ends_here(response: http.client.HTTPResponse) -> bool:
+    """Whether its connection can be used again. A server that was killed after the last line has done what that says."""
+    try:
+        return not response.read()
+    except (OSError, http.client.HTTPException):
+        return False

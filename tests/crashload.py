@@ -110,13 +110,15 @@ class Workload:
         self.pool.engine.sync = synced  # type: ignore[method-assign]
 
     def _do_meanwhile(self) -> None:
-        """What others do while a commit is under way, none of which may be in it. They need no room, for which they would wait for that commit."""
+        """What others do while a commit is under way, none of which may be in it. What might have to wait for that commit to make room is not done."""
         self._interleaves = False
         for _ in range(self.rng.choice((1, 1, 2, 5))):
             operations: list[tuple[Callable[[], None], int]] = [
-                (self.write, 10), (self.discard, 3), (self.create, 1), (self.snapshot, 2), (self.clone, 2), (self.delete, 2), (self.reset, 2),
-                (self.share, 1), (self.seal, 1), (self.rename, 1), (self.throw_away, 1),
+                (self.create, 1), (self.snapshot, 2), (self.clone, 2), (self.delete, 2), (self.reset, 2),
+                (self.seal, 1), (self.rename, 1), (self.throw_away, 1),
             ]  # fmt: skip
+            if not self.world.records.capacity:
+                operations += [(self.write, 10), (self.discard, 3), (self.share, 1)]
             self._one_of(operations)()
 
     def _committed(self) -> None:

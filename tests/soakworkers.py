@@ -33,11 +33,12 @@ class Layers:
     def __init__(self, place: Place, front: Library, rng: random.Random) -> None:
         self.place, self.front, self.rng = place, front, rng
         self._pending = place.own / "pending"
-        self._serial = max([0, *(int(name.rpartition("-")[2]) for name in self._names())])
+        self._serial = 0
 
     def run(self) -> None:
         if self._pending.exists():
             self._do(json.loads(self._pending.read_text()))
+        self._serial = max([0, *(int(name.rpartition("-")[2]) for name in self._names())])  # also what has just been made
         while not self.place.is_over():
             self._do(self._choose())
             time.sleep(self.rng.random() / 50)
@@ -95,6 +96,8 @@ class Layers:
 
     def _do(self, step: dict[str, Any]) -> None:
         stored(self._pending, step)
+        with (self.place.own / "journal").open("a") as journal:
+            print(time.strftime("%H:%M:%S"), os.getpid(), json.dumps(step), file=journal)
         arguments = {name: value for name, value in step.items() if name != "do"}
         until_answered(self.place, lambda: getattr(self, f"_{step['do']}")(**arguments), self.front.forget_connections)
         self._pending.unlink()
@@ -144,8 +147,16 @@ class Layers:
         self._overwrite(name, offset, bytes(length))
 
     def _read(self, name: str, offset: int, length: int) -> None:
-        found = self.front.read(name, offset, length)
-        assert found == self._content(name, offset, length), f"{name} reads wrong in {length} bytes at {offset}"
+        found, noted = self.front.read(name, offset, length), self._content(name, offset, length)
+        assert found == noted, f"{name} is not what was noted, {length} bytes from {offset} on: {self._described(name, offset, found, noted)}"
+
+    def _described(self, name: str, offset: int, found: bytes, noted: bytes) -> str:
+        """Where bytes differ, what is there, and what was done to the layer."""
+        places = [at for at in range(0, max(len(found), len(noted)), 512) if found[at : at + 512] != noted[at : at + 512]]
+        first, last = places[0], places[-1]
+        zeros = not any(found[first : last + 512]), not any(noted[first : last + 512])
+        steps = [line for line in (self.place.own / "journal").read_text().splitlines() if f'"{name}"' in line]
+        return f"{len(found)} for {len(noted)} bytes, {len(places)} sectors from {offset + first} to {offset + last}, zeros: {zeros}, after {steps}"
 
     def _verify(self, name: str) -> None:
         self._read(name, 0, self._note(name).stat().st_size)

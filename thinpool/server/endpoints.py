@@ -68,5 +68,5 @@ def _endpoint(function: Callable[..., Any], *, changes: bool) -> Callable[..., A
 
 
 def _dependency(kind: Any) -> Callable[..., Any] | None:
-    """What gets a parameter of that type. It is called here, as FastAPI's preparations for such calls took a quarter of a request."""
+    """What gets a parameter of that type. It is called here, as FastAPI's preparations for such calls take a good part of a request."""
     return next((one.dependency for one in get_args(kind)[1:] if isinstance(one, Depends)), None)

@@ -106,6 +106,7 @@ class Soak:
         self._workers: dict[str, subprocess.Popen[bytes]] = {}
         self._beside: dict[str, subprocess.Popen[str]] = {}  # commands that take a while
         self._address = ""
+        self._did = True  # whether the last step has not been passed over
 
     @property
     def server(self) -> int:
@@ -136,6 +137,7 @@ class Soak:
                 run(f"mkfs.{kind}", "-q", layer.attach().device)
                 layer.detach()
                 layer.seal()
+            pool.compute_digests()  # with which the spare layer gets its checksums
             pool.serve_nbd(f"unix:{self.top}/nbd")
             self._address = pool.serve_http("127.0.0.1:0")
             pool.commit()
@@ -163,8 +165,9 @@ class Soak:
         while (now := time.monotonic()) < ends:
             choices = storm if now < storm_ends else steps
             (step,) = self.rng.choices([step for step, _ in choices], [weight for _, weight in choices])
+            self._did = True
             step()
-            self.counts[step.__name__.strip("_").replace("_", " ")] += 1
+            self.counts[step.__name__.strip("_").replace("_", " ")] += self._did
             pause_ends = time.monotonic() + min(self.rng.uniform(0.2, 6.0), self.seconds / 40)
             while time.monotonic() < pause_ends:
                 self._look_after()
@@ -248,7 +251,8 @@ class Soak:
             pool.set_capacity(pool.usage().allocated * 5 // 4)
 
     def _command(self, name: str, *words: str) -> None:
-        if name not in self._beside:
+        self._did = name not in self._beside
+        if self._did:
             command = [sys.executable, "-m", "thinpool.cli", "--pool", str(self.path), *words]
             self._beside[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -271,12 +275,14 @@ class Soak:
         self._command("restore-metadata", "restore-metadata", *(["--drop", held[0]] if held else ["--make", "--hold"]))
 
     def _compact(self) -> None:
-        if not self._beside and not self._held():
+        self._did = not self._beside and not self._held()
+        if self._did:
             self._command("compact", "compact")
 
     def _heal(self) -> None:
         """A sealed layer loses some of its bytes, and gets them back."""
-        if self._beside:  # what reads all of the pool would tell of them; what moves chunks might move these
+        self._did = not self._beside
+        if not self._did:  # what reads all of the pool would tell of them; what moves chunks might move these
             return
         image = (self.top / SPARE).read_bytes()
         with self.pool() as pool, (self.path / "data").open("r+b", buffering=0) as data:

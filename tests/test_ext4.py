@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import stat
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +246,20 @@ def test_a_file_system_in_use_is_refused(pool: thinpool.Pool, tmp_path: Path) ->
         layer.unmount()
     with pytest.raises(thinpool.LayerState, match="no ext4"):
         Ext4(pool.create_layer("empty", "16M"))
+
+
+def test_a_killed_mkfs_leaves_nothing_for_long(tmp_path: Path) -> None:
+    path = tmp_path / "pool"
+    thinpool.Pool.create(path).close()
+    killed = f"""
+        import os, signal
+        import thinpool
+        from thinpool.filesystems import blank
+        blank.run_tool = lambda command: os.kill(os.getpid(), signal.SIGKILL)
+        blank.blank_layer(thinpool.Pool.open({str(path)!r}), "ext4", 64 << 20)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(killed)], check=False).returncode == -signal.SIGKILL
+    assert len(list(path.glob(".mkfs-*/image"))) == 1
+    with thinpool.Pool.open(path) as pool:
+        assert not list(path.glob(".mkfs-*"))
+        fsck(blank_layer(pool, "ext4", 64 << 20), tmp_path)

@@ -8,6 +8,7 @@
     meta.kept-N/    one that was replaced: by a repair, or from a backup
     meta.backups/   copies of it, made now and then
     healing/    another pool, while chunks are healed from an image
+    .mkfs-*/    an image, while a file system is being made
     meta.held/      copies whose chunks are kept until they are dropped
     lock        held (flock) by the one process that has the pool open for writing; holds its pid
     server.sock, server.log, run/   the pool's server, while there is one
@@ -22,6 +23,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from .errors import DamagedError, PoolBusy, PoolExists, PoolNotFound
+
+MKFS_PREFIX = ".mkfs-"
 
 
 class PoolFiles:
@@ -108,7 +111,8 @@ class PoolFiles:
         """
         fd = os.dup(held) if held >= 0 else self._take_lock()
         self.lock_fd = fd
-        self.remove_healing()
+        for left in (self.healing, *self.path.glob(f"{MKFS_PREFIX}*")):
+            shutil.rmtree(left, ignore_errors=True)
         with suppress(OSError):  # only for messages; on a full disk there may be no room, so that the block it has is not given away first
             os.pwrite(fd, b"%-31d\n" % os.getpid(), 0)
 

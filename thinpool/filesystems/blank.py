@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..api import LayerAPI
 from ..catalog import PARTIAL_LABEL
 from ..errors import BadSize, LayerExists, LayerNotFound, ToolFailed
+from ..poolfiles import MKFS_PREFIX
 
 if TYPE_CHECKING:
     from ..layer import Layer
@@ -81,7 +82,7 @@ def blank_layer(pool: Pool, filesystem: str, size: int) -> Layer:
         return pool.layer(name)
     except LayerNotFound:
         pass
-    with tempfile.TemporaryDirectory(prefix=".mkfs-", dir=pool.path) as directory:
+    with tempfile.TemporaryDirectory(prefix=MKFS_PREFIX, dir=pool.path) as directory:
         image = Path(directory) / "image"
         image.touch(mode=0o600)
         os.truncate(image, size)

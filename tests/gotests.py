@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from functools import lru_cache
@@ -29,5 +30,7 @@ def compiled() -> Path:
         package.symlink_to(ROOT / "tests" / "go")
     settings = {"GO111MODULE": "off", "GOFLAGS": "", "GOPATH": f"{_GO}:{_SOURCES}", "GOCACHE": str(_GO / "cache"), "CGO_ENABLED": "0"}
     program = _GO / "snapshots.test"
-    subprocess.run(["go", "test", "-vet=off", "-c", "-o", program, "snapshots"], check=True, cwd=_GO, env={**os.environ, **settings})
+    with (_GO / "lock").open("w") as lock:  # other processes that test wait, and find it compiled
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(["go", "test", "-vet=off", "-c", "-o", program, "snapshots"], check=True, cwd=_GO, env={**os.environ, **settings})
     return program

@@ -107,6 +107,7 @@ class Soak:
         self._beside: dict[str, subprocess.Popen[str]] = {}  # commands that take a while
         self._address = ""
         self._did = True  # whether the last step has not been passed over
+        self._steps: list[str] = []
 
     @property
     def server(self) -> int:
@@ -166,6 +167,7 @@ class Soak:
             choices = storm if now < storm_ends else steps
             (step,) = self.rng.choices([step for step, _ in choices], [weight for _, weight in choices])
             self._did = True
+            self._steps.append(f"{time.strftime('%H:%M:%S')} {step.__name__.strip('_')}")
             step()
             self.counts[step.__name__.strip("_").replace("_", " ")] += self._did
             pause_ends = time.monotonic() + min(self.rng.uniform(0.2, 6.0), self.seconds / 40)
@@ -221,8 +223,10 @@ class Soak:
 
     def _kill_worker(self) -> None:
         name = self.rng.choice(sorted(WORKERS))
+        self._steps[-1] += f" {name}"
         self._workers[name].kill()
         self._workers[name].wait()
+        time.sleep(1)  # the server still does what it had asked for
         self._start(name)
 
     def _asked(self, ask: Callable[[RemotePool], object]) -> None:
@@ -362,6 +366,14 @@ class Soak:
         for what in ("descriptors", "threads"):
             assert growth(self.samples, what) < GROWTH_COUNT_MAX, f"the server's {what} grow"
 
+    def _tell(self) -> None:
+        """What may explain a failure."""
+        say("the last steps were", *self._steps[-20:])
+        say("mounted are", *(line for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.top) in line))
+        for log in (self.path / "server.log", *self.top.glob("workers/*/journal")):
+            if log.exists():
+                say(log, "ends so:", log.read_text()[-4000:])
+
     def clear_up(self) -> None:
         """Whatever state it is in."""
         for worker in self._workers.values():
@@ -386,8 +398,7 @@ class Soak:
             self.finish()
             self.judge_memory()
         except BaseException:
-            if (log := self.path / "server.log").exists():
-                say("the server's log ends so:", log.read_text()[-4000:])
+            self._tell()
             raise
         finally:
             self.clear_up()

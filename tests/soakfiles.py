@@ -36,12 +36,13 @@ class FileSystem:
         ]  # fmt: skip
         while not self.place.is_over():
             (step,) = self.rng.choices([step for step, _ in steps], [weight for _, weight in steps])
+            self.place.journal(step.__name__)
             try:
                 step()
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.ENODEV) or not self.place.may_be_short():
                     raise
-                self._mend()
+                self._mount_anew()
             time.sleep(self.rng.random() / 50)
         self._verify_all(self.directory, self._files)
         self._asking(self._unmount)
@@ -53,7 +54,7 @@ class FileSystem:
         return next((one.mountpoint for one in self.front.pool.attachments() if one.layer == layer and one.mountpoint), None)
 
     def _clear_up(self) -> None:
-        """What a killed worker has left: the mount to go on with, a snapshot and its clone to be removed."""
+        """What a killed worker has left goes: a snapshot, its clone, and the mount, which the server may just be taking down for it."""
 
         def clear() -> None:
             for name in (f"{self.layer}-clone", f"{self.layer}-snapshot"):
@@ -62,7 +63,7 @@ class FileSystem:
                 self.front.clone(f"base-{self.kind}", self.layer, 0)
 
         self._asking(lambda: durably(self.place, self.front, clear))
-        self._asking(self._mount)
+        self._mount_anew()
 
     def _forget(self, name: str) -> None:
         if name in self.front.names():
@@ -155,41 +156,31 @@ class FileSystem:
         self._asking(lambda: durably(self.place, self.front, forget))
 
     def _mount_anew(self) -> None:
+        """If it has been out of space below, once there is some again: what was fsynced before must be there all the same."""
+        while (self.place.top / "full").exists():
+            time.sleep(0.1)
         self._asking(self._unmount)
-        self._check()
+        if self.kind == "xfs" and self.place.may_be_short():  # which replays its journal by mounting alone
+            self._asking(self._mount)
+            self._asking(self._unmount)
+        self._asking(self._check)
         self._asking(self._mount)
         self._verify_all(self.directory, self._files)
 
     def _trim(self) -> None:
         subprocess.run(["fstrim", self.directory], check=not self.place.may_be_short(), capture_output=True)
 
-    def _check(self, *, mend: bool = False) -> None:
-        """The file system has no fault. ``mend``: it could not be written to, and so may want its journal replayed."""
-
-        def check() -> None:
-            self._detach()
-            layer = self.front.pool.layer(self.layer)
-            device = layer.attach().device
-            if mend and self.kind == "ext4":
-                subprocess.run(["e2fsck", "-fp", device], check=False, capture_output=True)
-            command = ["e2fsck", "-fn", device] if self.kind == "ext4" else ["xfs_repair", "-n", device]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            layer.detach()
-            assert done.returncode == 0, f"{' '.join(command)}: {done.stdout} {done.stderr}"
-
-        self._asking(check)
-
-    def _mend(self) -> None:
-        """It has been out of space below: what was fsynced before must be there all the same."""
-        while (self.place.top / "full").exists():
-            time.sleep(0.1)
-        self._asking(self._unmount)
-        if self.kind == "xfs":  # which replays its journal by mounting alone
-            self._asking(self._mount)
-            self._asking(self._unmount)
-        self._check(mend=True)
-        self._asking(self._mount)
-        self._verify_all(self.directory, self._files)
+    def _check(self) -> None:
+        """The file system has no fault; where it could not be written to, it may want its journal replayed."""
+        self._detach()
+        layer = self.front.pool.layer(self.layer)
+        device = layer.attach().device
+        if self.kind == "ext4" and self.place.may_be_short():
+            subprocess.run(["e2fsck", "-fp", device], check=False, capture_output=True)
+        command = ["e2fsck", "-fn", device] if self.kind == "ext4" else ["xfs_repair", "-n", device]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        layer.detach()
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout} {done.stderr}"
 
 
 class Fio:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -39,6 +40,11 @@ class Place:
         """Whether a write may fail for space, and the trash be emptied."""
         marker = self.top / "short"
         return marker.exists() and time.time() - marker.stat().st_mtime < _SHORT_SECONDS
+
+    def journal(self, *words: object) -> None:
+        """What is about to be done, for whoever looks for a fault."""
+        with (self.own / "journal").open("a") as journal:
+            print(time.strftime("%H:%M:%S"), os.getpid(), *words, file=journal)
 
     def server(self) -> str:
         """The pid of the process that has the pool."""

@@ -96,8 +96,7 @@ class Layers:
 
     def _do(self, step: dict[str, Any]) -> None:
         stored(self._pending, step)
-        with (self.place.own / "journal").open("a") as journal:
-            print(time.strftime("%H:%M:%S"), os.getpid(), json.dumps(step), file=journal)
+        self.place.journal(json.dumps(step))
         arguments = {name: value for name, value in step.items() if name != "do"}
         until_answered(self.place, lambda: getattr(self, f"_{step['do']}")(**arguments), self.front.forget_connections)
         self._pending.unlink()

@@ -364,7 +364,9 @@ class Uses:
     def _end(self, layer: Layer, *, mounted: bool) -> None:
         with self._lock:
             use = self._uses.get(layer.id)
-            if use is None or use.state != "up" or (use.mountpoint is not None) != mounted:
+            if use is not None and use.state != "up":
+                raise LayerBusy(f"layer {layer.name!r} is just being attached or taken down: {use}", (str(use),))
+            if use is None or (use.mountpoint is not None) != mounted:
                 what = "mounted" if mounted else "attached"
                 raise LayerState(f"layer {layer.name!r} is not {what}" + (f", it is in use otherwise: {use}" if use else ""))
             use.state = "ending"

@@ -87,6 +87,8 @@ class Workload:
         self._serial = 0
         self._tag = 0
         self._interleaves = False
+        self._meanwhile = False
+        self._spared: int | None = None  # the key of a layer that is left alone
         self._open()
 
     def _open(self) -> None:
@@ -111,7 +113,8 @@ class Workload:
 
     def _do_meanwhile(self) -> None:
         """What others do while a commit is under way, none of which may be in it. What might have to wait for that commit to make room is not done."""
-        self._interleaves = False
+        self._interleaves, self._meanwhile, around = False, True, self.changing  # by what the commit makes room for
+        self._spared = around[0] if around else None
         for _ in range(self.rng.choice((1, 1, 2, 5))):
             operations: list[tuple[Callable[[], None], int]] = [
                 (self.create, 1), (self.snapshot, 2), (self.clone, 2), (self.delete, 2), (self.reset, 2),
@@ -120,6 +123,7 @@ class Workload:
             if not self.world.records.capacity:
                 operations += [(self.write, 10), (self.discard, 3), (self.share, 1)]
             self._one_of(operations)()
+        self.changing, self._spared, self._meanwhile = around, None, False
 
     def _committed(self) -> None:
         """The store has a new state: that of the freeze, all of whose data was synced before."""
@@ -135,7 +139,8 @@ class Workload:
 
     def step(self) -> None:
         """One random operation."""
-        self.changing = self.resizing = None
+        self.changing = self.resizing = self._spared = None
+        self._interleaves = self._meanwhile = False
         if self._pick() is None:
             self.create()
             return
@@ -157,7 +162,8 @@ class Workload:
         return f"layer{self._serial}"
 
     def _pick(self, *, writable: bool = False) -> str | None:
-        names = [name for name, content in self.now.items() if not (writable and content.sealed) and not content.old_name]
+        usable = [(name, content) for name, content in self.now.items() if not content.old_name and content.key != self._spared]
+        names = [name for name, content in usable if not (writable and content.sealed)]
         return self.rng.choice(names) if names else None
 
     def _range(self, size: int) -> tuple[int, int]:
@@ -203,7 +209,9 @@ class Workload:
         offset, length = self._range(len(self.now[name].data))
         self._tag = self._tag % 250 + 1
         data = bytes([self._tag if self._tag != GARBAGE else 251]) * length
+        self._interleaves = self._may_interleave()
         self._change(name, offset, data, lambda: self.pool.layer(name).pwrite(data, offset))
+        self._interleaves = False  # most have nothing to commit
 
     def discard(self) -> None:
         if (name := self._pick(writable=True)) is None:
@@ -333,8 +341,11 @@ class Workload:
             self.pool.layer(name).rename(new)
             self.now[new] = self.now.pop(name)
 
+    def _may_interleave(self) -> bool:
+        return not self._meanwhile and self.world.records.capacity == 0 and self.rng.random() < 0.5
+
     def flush(self) -> None:
-        self._interleaves = self.world.records.capacity == 0 and self.rng.random() < 0.5
+        self._interleaves = self._may_interleave()
         self.frozen = copied(self.now)
         self.pool.commit()
         self._interleaves = False  # it may have had nothing to do

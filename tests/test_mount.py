@@ -14,6 +14,7 @@ from conftest import needs_root, needs_tool
 from outofsight import written_out_of_sight
 
 import thinpool
+from thinpool import exports
 
 pytestmark = [needs_root(), needs_tool("mkfs.ext4", "e2fsck", "mkfs.xfs", "xfs_repair", "fstrim")]
 
@@ -158,6 +159,30 @@ def test_what_was_unmounted_by_hand_is_no_trouble(pool: thinpool.Pool, directory
     subprocess.run(["umount", directory], check=True)
     layer.unmount()
     assert pool.attachments() == []
+
+
+def test_it_is_busy_while_it_is_being_unmounted(pool: thinpool.Pool, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, unmount = make_filesystem(pool, "ext4"), exports.unmount_filesystem
+    layer.mount(directory)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(mountpoint: str, device: str) -> None:
+        begun.set()
+        go_on.wait(30)
+        unmount(mountpoint, device)
+
+    monkeypatch.setattr(exports, "unmount_filesystem", slowly)
+    thread = threading.Thread(target=layer.unmount)
+    thread.start()
+    assert begun.wait(30)
+    for use in (layer.unmount, layer.detach, layer.attach, lambda: layer.mount(directory)):
+        with pytest.raises(thinpool.LayerBusy):
+            use()
+    go_on.set()
+    thread.join()
+    assert pool.attachments() == []
+    with pytest.raises(thinpool.LayerState, match="not mounted"):
+        layer.unmount()
 
 
 def test_a_containers_directory_is_made_and_removed(pool: thinpool.Pool) -> None:

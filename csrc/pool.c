@@ -297,6 +297,7 @@ int tp_pool_get_info(tp_pool *pool, tp_pool_info *out) {
       .allocated_chunks = space->allocated,
       .dirty_chunks = space->dirty,
       .pending_chunks = space->pending,
+      .pinned_chunks = space->pinned,
       .data_bytes = space->pages * PAGE_VALUES << pool->chunk_shift,
       .reclaim_nodes = pool->reclaim.count,
       .txn = pool->txn,

@@ -221,6 +221,11 @@ void space_release(struct tp_pool *pool, unsigned parity, uint64_t store_txn, ui
     space->held[space->held_count++] = (struct held_runs){store_txn, *freed};
     *freed = (struct run_list){0};
   }
+  space->pinned = 0;
+  for (size_t k = 0; k < space->held_count; k++) {
+    const struct run_list *runs = &space->held[k].runs;
+    for (size_t r = 0; r < runs->count; r++) space->pinned += runs->items[r].count;
+  }
 }
 
 /* --- giving space back to the host --- */

@@ -42,6 +42,7 @@ struct space {
   uint64_t dirty;          /* chunks with CHUNK_DIRTY, pending ones included */
   uint64_t taken;          /* busy: handed out, not mapped yet */
   uint64_t pending;        /* busy: freed, not reusable yet */
+  uint64_t pinned;         /* of them, those in `held` */
   struct page **window;    /* pinned */
   size_t window_count;
   uint64_t window_free;    /* free bits in it */

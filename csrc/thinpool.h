@@ -108,7 +108,8 @@ typedef struct {
   uint64_t capacity_chunks; /* 0: no limit */
   uint64_t allocated_chunks;
   uint64_t dirty_chunks;    /* free, but still holding old bytes: to be punched */
-  uint64_t pending_chunks;  /* freed, not yet committed */
+  uint64_t pending_chunks;  /* freed, not yet committed; and pinned ones */
+  uint64_t pinned_chunks;   /* freed and committed, but a reader looks at an older state, which names them */
   uint64_t data_bytes;      /* length of the data file in use */
   uint64_t reclaim_nodes;   /* nodes of deleted maps still to be walked */
   uint64_t txn;             /* the open transaction */

@@ -249,7 +249,7 @@ class Soak:
 
     def _extend_by_itself(self) -> None:
         """There is little room, and the policy makes more before anybody fails; the trash may be emptied."""
-        (self.top / "short").touch()
+        (self.top / "little").touch()
         with self.pool() as pool:
             pool.set_policy(replace(pool.policy(), extend_at=80, extend_by=20, extend_max=2 * CAPACITY))
             pool.set_capacity(pool.usage().allocated * 5 // 4)

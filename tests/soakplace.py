@@ -37,9 +37,16 @@ class Place:
         return (self.top / "over").exists()
 
     def may_be_short(self) -> bool:
-        """Whether a write may fail for space, and the trash be emptied."""
-        marker = self.top / "short"
-        return marker.exists() and time.time() - marker.stat().st_mtime < _SHORT_SECONDS
+        """Whether a write may fail for space."""
+        return self._is_recent("short")
+
+    def trash_may_go(self) -> bool:
+        """Whether the trash may be emptied to make room."""
+        return self.may_be_short() or self._is_recent("little")
+
+    def _is_recent(self, marker: str) -> bool:
+        path = self.top / marker
+        return path.exists() and time.time() - path.stat().st_mtime < _SHORT_SECONDS
 
     def journal(self, *words: object) -> None:
         """What is about to be done, for whoever looks for a fault."""

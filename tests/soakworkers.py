@@ -215,7 +215,7 @@ class Layers:
         try:
             self._durably(lambda: name in self.front.names() or self.front.take_back(name))
         except LayerNotFound:
-            if not self.place.may_be_short():
+            if not self.place.trash_may_go():
                 raise
             self._note(name).unlink()  # its space was needed
 

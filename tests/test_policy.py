@@ -83,6 +83,28 @@ def test_a_writer_does_not_notice_that_the_capacity_is_raised(small: thinpool.Po
     assert set(kinds(small, heard)) == {"normal", "extended"}
 
 
+def test_what_a_reader_of_an_older_state_pins_is_no_room(small: thinpool.Pool) -> None:
+    """A check, as long as it runs: what is freed meanwhile cannot be handed out."""
+    heard: list[thinpool.Event | None] = []
+    layer = small.layer("a")
+    fill(small, 7 * MIB)
+    small.commit()
+    with small.watch.telling(heard.append):
+        with small._store.pinned():
+            layer.discard(0, layer.size)
+            small.reclaim()
+            assert (small.usage().allocated, small.metrics().free) == (0, 3 * MIB)
+            with pytest.raises(thinpool.OutOfSpace):
+                layer.pwrite(b"x" * 5 * MIB, 0)
+            assert kinds(small, heard) == ["normal", "full"]
+            small.set_policy(thinpool.Policy(extend_at=80, extend_by=10))  # which is less than what is pinned
+            assert kinds(small, heard)[2:] == ["extended", "extended", "extended", "normal"]
+            layer.pwrite(b"x" * 5 * MIB, 0)
+        small.commit()
+        assert small.engine.info().pinned_chunks == 0
+    assert small.metrics().free == small.usage().capacity - 5 * MIB
+
+
 def test_the_capacity_is_raised_by_so_much_and_no_further(small: thinpool.Pool) -> None:
     heard: list[thinpool.Event | None] = []
     small.set_policy(thinpool.Policy(extend_at=70, extend_by=20, extend_max=13 * MIB))

@@ -46,6 +46,7 @@ class EngineInfo:
     allocated_chunks: int
     dirty_chunks: int
     pending_chunks: int
+    pinned_chunks: int
     data_bytes: int
     reclaim_nodes: int
     txn: int

@@ -54,7 +54,7 @@ def measure(pool: Pool) -> PoolMetrics:
         chunk_size=info.chunk_size,
         capacity=usage.capacity,
         allocated=usage.allocated,
-        free=min(host_free, max(usage.capacity - usage.allocated, 0)) if usage.capacity else host_free,
+        free=min(host_free, max(usage.capacity - usage.allocated - info.pinned_chunks * info.chunk_size, 0)) if usage.capacity else host_free,
         dirty=(info.dirty_chunks - info.pending_chunks) * info.chunk_size,
         pending=info.pending_chunks * info.chunk_size,
         host=usage.host,

@@ -44,16 +44,18 @@ State = Literal["normal", "low-water", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Bytes: the capacity (0: none), what is allocated, and what more could be."""
+    """Bytes: the capacity (0: none), what is allocated, what was freed but is pinned by readers of an older state, and what more could be allocated."""
 
     capacity: int
     used: int
+    pinned: int
     free: int
 
     @property
     def percent(self) -> float:
         """In use of what there is room for."""
-        return _PERCENT_MAX * self.used / (self.used + self.free) if self.used + self.free else _PERCENT_MAX
+        taken = self.used + self.pinned
+        return _PERCENT_MAX * taken / (taken + self.free) if taken + self.free else _PERCENT_MAX
 
 
 class Watch:
@@ -88,8 +90,7 @@ class Watch:
 
     def _look(self, pool: Pool, policy: Policy) -> None:
         room = self._room()
-        if policy.extend_at and room.capacity and room.percent >= policy.extend_at:
-            self._extend(pool, policy, room)
+        while policy.extend_at and room.capacity and room.percent >= policy.extend_at and self._extend(pool, policy, room):
             room = self._room()
         is_low = policy.low_water and room.percent >= policy.low_water
         state: State = "full" if room.free < pool.chunk_size else "low-water" if is_low else "normal"
@@ -124,20 +125,21 @@ class Watch:
 
     def _room(self) -> Room:
         info = self._engine.info()
-        capacity, used = info.capacity_chunks * info.chunk_size, info.allocated_chunks * info.chunk_size
+        capacity, used, pinned = (chunks * info.chunk_size for chunks in (info.capacity_chunks, info.allocated_chunks, info.pinned_chunks))
         host = 0 if info.refused else self.host_free()  # which knows nothing of a user's quota
-        return Room(capacity, used, max(0, min(capacity - used, host) if capacity else host))
+        return Room(capacity, used, pinned, max(0, min(capacity - used - pinned, host) if capacity else host))
 
-    def _extend(self, pool: Pool, policy: Policy, room: Room) -> None:
+    def _extend(self, pool: Pool, policy: Policy, room: Room) -> bool:
         wanted = room.capacity + max(room.capacity * policy.extend_by // _PERCENT_MAX, pool.chunk_size)
-        bounds = [wanted, room.used + self.host_free(), *([policy.extend_max] if policy.extend_max else [])]
+        bounds = [wanted, room.used + room.pinned + self.host_free(), *([policy.extend_max] if policy.extend_max else [])]
         capacity = min(bounds) // pool.chunk_size * pool.chunk_size
         if capacity > room.capacity:
             pool.set_capacity(capacity)
         elif self._declined:
-            return
+            return False
         self._declined = capacity <= room.capacity
         self._tell(policy, self._event("not-extended" if self._declined else "extended", self._room()))
+        return not self._declined
 
     @staticmethod
     def _event(kind: Literal["normal", "low-water", "full", "extended", "not-extended"], room: Room) -> Event:

@@ -290,7 +290,8 @@ static int write_layer(struct fuse_request *request, struct fuse_node *node) {
   if (length > size - in->offset) length = size - in->offset;
   if (!may_begin(request, node, true, length)) return FUSE_LATER;
   int code = TP_OK;
-  if (length > 0) code = (request->may_wait ? tp_write : tp_write_admitted)(node->layer, in + 1, length, in->offset);
+  if (length > 0) code = (request->may_wait ? tp_write_patient : tp_write_admitted)(node->layer, in + 1, length, in->offset);
+  if (code == TP_ENOSPC && !request->may_wait && tp_pool_patience(request->fuse->pool) > 0) return FUSE_LATER;
   if (code >= 0 && (in->flags & (O_SYNC | O_DSYNC))) code = tp_flush(request->fuse->pool);
   if (code < 0) return fuse_errno(code);
   atomic_store(&node->modified_ns, fuse_now_ns());

@@ -51,7 +51,7 @@ static bool do_read(struct nbd_connection *c, const struct nbd_request *r) {
 
 static int write_zeros(tp_layer *layer, uint64_t length, uint64_t offset) {
   static const uint8_t zeros[ZEROS_BYTES];
-  return tp_write(layer, zeros, length, offset);
+  return tp_write_patient(layer, zeros, length, offset);
 }
 
 static int cache(tp_layer *layer, uint64_t length, uint64_t offset) {
@@ -70,7 +70,7 @@ static int in_pieces(tp_layer *layer, const struct nbd_request *r, uint64_t most
 static bool do_change(struct nbd_outbox *out, const struct nbd_request *r, const uint8_t *payload) {
   tp_layer *layer = out->connection->layer;
   int rc;
-  if (r->type == NBD_CMD_WRITE) rc = tp_write(layer, payload, r->length, r->offset);
+  if (r->type == NBD_CMD_WRITE) rc = tp_write_patient(layer, payload, r->length, r->offset);
   else if (r->type == NBD_CMD_CACHE) rc = in_pieces(layer, r, SCRATCH_BYTES, cache);
   else if (r->flags & NBD_CMD_FLAG_NO_HOLE) rc = in_pieces(layer, r, ZEROS_BYTES, write_zeros);
   else rc = tp_discard(layer, r->offset, r->length);

@@ -109,6 +109,7 @@ static void destroy(tp_pool *pool) {
   bytes_free(&pool->fetched);
   pthread_cond_destroy(&pool->committed);
   pthread_cond_destroy(&pool->work);
+  pthread_cond_destroy(&pool->room);
   pthread_mutex_destroy(&pool->mutex);
   pthread_mutex_destroy(&pool->resizing);
   pthread_mutex_destroy(&pool->compacting);
@@ -133,6 +134,7 @@ static void init_locks(tp_pool *pool) {
   pthread_condattr_init(&attr);
   pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
   pthread_cond_init(&pool->work, &attr);
+  pthread_cond_init(&pool->room, &attr);
   pthread_cond_init(&pool->limits_changed, &attr);
   pthread_condattr_destroy(&attr);
 }

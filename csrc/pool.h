@@ -60,6 +60,8 @@ struct tp_pool {
   bool compacted;             /* there is a compaction; under the mutex */
   pthread_cond_t committed; /* a commit ended; or, of a pool that is being closed, a punch */
   pthread_cond_t work;      /* for tp_wait_work */
+  pthread_cond_t room;      /* there may be some, for who waits for it */
+  _Atomic uint64_t patience_ns; /* how long writers of devices do; 0: not at all */
   tp_options options;
   tp_disk disk;
   struct file_disk { int fd; } file_disk;

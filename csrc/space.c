@@ -190,6 +190,7 @@ void space_release_moved(struct tp_pool *pool) {
 }
 
 static void release_runs(struct tp_pool *pool, struct run_list *runs) {
+  if (runs->count > 0) pthread_cond_broadcast(&pool->room);
   for (size_t k = 0; k < runs->count; k++) {
     for (uint64_t n = 0; n < runs->items[k].count; n++) {
       uint64_t chunk = runs->items[k].first + n;
@@ -300,6 +301,7 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
 int tp_pool_set_capacity(tp_pool *pool, uint64_t capacity) {
   pthread_mutex_lock(&pool->mutex);
   pool->space.capacity = capacity >> pool->chunk_shift;
+  pthread_cond_broadcast(&pool->room);
   pthread_mutex_unlock(&pool->mutex);
   return TP_OK;
 }

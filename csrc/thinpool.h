@@ -163,6 +163,8 @@ void tp_pool_close(tp_pool *pool);    /* drains I/O; every later call on its han
 void tp_pool_put(tp_pool *pool);      /* frees the handle; after tp_pool_close */
 int tp_pool_get_info(tp_pool *pool, tp_pool_info *out);
 int tp_pool_set_capacity(tp_pool *pool, uint64_t capacity);
+int tp_pool_set_patience(tp_pool *pool, uint64_t ms); /* how long tp_write_patient waits for room; who waits now goes by the old one, except for 0 */
+uint64_t tp_pool_patience(tp_pool *pool);             /* ms; no lock */
 /* What was counted since the pool was opened; `layers`: those with traffic, up to capacity of them. *count: how many there are. */
 int tp_get_metrics(tp_pool *pool, tp_metrics *out, tp_layer_metrics *layers, uint64_t capacity, uint64_t *count);
 
@@ -181,6 +183,8 @@ uint64_t tp_layer_size(tp_layer *layer);                /* bytes; no lock */
 /* --- I/O: bytes at any offset; all or an error --- */
 int tp_read(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
 int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
+/* For those who know nothing of pools, behind a block device: where there is no room, waits for some as long as the pool's patience says. Holds no lock then. */
+int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
 int tp_readv(tp_layer *layer, const tp_vec *vecs, uint64_t count);
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count);
 int tp_discard(tp_layer *layer, uint64_t offset, uint64_t length); /* reads back as zeros; whole blocks are given back */
@@ -207,7 +211,7 @@ int tp_limits_take(tp_layer *layer, int writing, uint64_t length, uint64_t now_n
 int tp_read_admitted(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
 int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
 uint64_t tp_limits_waiting(tp_layer *layer); /* how many wait */
-void tp_limits_end(tp_pool *pool);           /* nobody waits any more: the pool is about to close */
+void tp_limits_end(tp_pool *pool);           /* nobody waits any more, nor for room: the pool is about to close */
 
 /* --- what is where. Each fills up to capacity items from *cursor on, and moves *cursor to where to go on; a
  *     return of 0 items with *cursor at the end means done. Neighbours may have the same kind. --- */

@@ -1,4 +1,4 @@
-/* throttle.c - waiting for a layer's turn. */
+/* throttle.c - waiting: for a layer's turn, and for room. */
 #include "throttle.h"
 
 #include <time.h>
@@ -6,6 +6,7 @@
 #include "pool.h"
 
 #define BURST_NS ((uint64_t)100 * 1000 * 1000)
+#define ROOM_LOOK_NS ((uint64_t)1000 * 1000 * 1000)
 #define COST_NS_MAX ((uint64_t)1 << 60) /* years */
 
 static uint64_t now_ns(void) {
@@ -94,7 +95,42 @@ void limits_lift(tp_layer *layer) {
   pthread_mutex_unlock(&layer->pool->limiting);
 }
 
+/* --- waiting for room --- */
+
+int tp_pool_set_patience(tp_pool *pool, uint64_t ms) {
+  pthread_mutex_lock(&pool->mutex);
+  pool->patience_ns = ms * 1000000;
+  pthread_cond_broadcast(&pool->room);
+  pthread_mutex_unlock(&pool->mutex);
+  return TP_OK;
+}
+
+uint64_t tp_pool_patience(tp_pool *pool) { return pool->patience_ns / 1000000; }
+
+/* False: not any longer. *end_ns: 0 the first time. Of the host's disk nobody tells when it has room again, so it returns now and then. */
+static bool wait_for_room(tp_pool *pool, uint64_t *end_ns) {
+  pthread_mutex_lock(&pool->mutex);
+  uint64_t now = now_ns(), patience = pool->patience_ns;
+  if (*end_ns == 0) *end_ns = now + patience;
+  bool waits = patience != 0 && now < *end_ns;
+  if (waits) {
+    uint64_t next = min_u64(*end_ns, now + ROOM_LOOK_NS);
+    struct timespec until = {.tv_sec = (time_t)(next / 1000000000), .tv_nsec = (long)(next % 1000000000)};
+    pthread_cond_timedwait(&pool->room, &pool->mutex, &until);
+  }
+  pthread_mutex_unlock(&pool->mutex);
+  return waits;
+}
+
+int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+  uint64_t end_ns = 0;
+  int rc = tp_write(layer, buf, length, offset);
+  while (rc == TP_ENOSPC && wait_for_room(layer->pool, &end_ns)) rc = tp_write_admitted(layer, buf, length, offset);
+  return rc;
+}
+
 void tp_limits_end(tp_pool *pool) {
+  (void)tp_pool_set_patience(pool, 0);
   pthread_mutex_lock(&pool->limiting);
   pool->unlimited = true;
   pthread_cond_broadcast(&pool->limits_changed);

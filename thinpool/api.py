@@ -67,12 +67,14 @@ class Limits:
 class Policy:
     """What happens as a pool fills up. ``low_water``: percent in use from which on the pool is said to be low (0: never); ``extend_at``: percent in use
     from which on the capacity is raised (0: never), by ``extend_by`` percent of what it is, up to ``extend_max`` bytes (0: as far as the host's disk
-    goes); ``hook``: a command (no shell) that is run for each event, with it as JSON on its standard input."""
+    goes); ``wait``: seconds that what writes to a block device (loop, NBD) waits where there is no room, before it gets ENOSPC (0: at once);
+    ``hook``: a command (no shell) that is run for each event, with it as JSON on its standard input."""
 
     low_water: int = 80
     extend_at: int = 0
     extend_by: int = 20
     extend_max: int = 0
+    wait: int = 0
     hook: str = ""
 
 

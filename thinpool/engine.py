@@ -18,8 +18,7 @@ from .api import Buffer, Limits
 from .faults import FAULTS
 from .records import Record, Store, parse_records
 
-_core = lib
-_ffi = ffi
+_core, _ffi = lib, ffi
 
 # Looked up once: these are called for each read and write.
 _read, _write, _from_buffer = _core.tp_read, _core.tp_write, _ffi.from_buffer
@@ -135,7 +134,7 @@ class Engine:
         self.pointer = _ffi.gc(out[0], _core.tp_pool_put)
 
     def end_limits(self) -> None:
-        """Nobody waits for a layer's limits any more."""
+        """Nobody waits for a layer's limits any more, nor for room."""
         _core.tp_limits_end(self.pointer)
 
     def stop(self) -> None:
@@ -211,6 +210,10 @@ class Engine:
     def set_capacity(self, capacity: int) -> None:
         """Bytes that chunks may take; 0: no limit."""
         self.check(_core.tp_pool_set_capacity(self.pointer, capacity))
+
+    def set_patience(self, seconds: int) -> None:
+        """How long writers of devices wait for room; 0: not at all."""
+        self.check(_core.tp_pool_set_patience(self.pointer, seconds * 1000))
 
     def create_layer(self, layer_id: int, size: int) -> EngineLayer:
         out = _ffi.new("tp_layer **")

@@ -38,6 +38,7 @@ _KEY = "policy"
 _HOOK_SECONDS = 60.0
 _PERCENT_MAX = 100
 _EXTEND_BY_MAX = 1000
+_WAIT_MAX = 24 * 60 * 60  # seconds
 
 State = Literal["normal", "low-water", "full"]
 
@@ -193,7 +194,7 @@ def policy_of(pool: Pool) -> Policy:
 
 def set_policy(pool: Pool, policy: Policy) -> None:
     """Sets what happens as it fills up. Raises BadSize, ValueError."""
-    bounds = {"low_water": _PERCENT_MAX, "extend_at": _PERCENT_MAX, "extend_by": _EXTEND_BY_MAX, "extend_max": (1 << 63) - 1}
+    bounds = {"low_water": _PERCENT_MAX, "extend_at": _PERCENT_MAX, "extend_by": _EXTEND_BY_MAX, "extend_max": (1 << 63) - 1, "wait": _WAIT_MAX}
     for name, most in bounds.items():
         value = getattr(policy, name)
         if type(value) is not int or not 0 <= value <= most:
@@ -203,6 +204,7 @@ def set_policy(pool: Pool, policy: Policy) -> None:
     except ValueError as error:
         raise BadSize(f"the hook is no command: {error}") from None
     pool.put_document(_KEY, json.dumps(asdict(policy)).encode())
+    pool._engine.set_patience(policy.wait)
     pool.watch.look()
 
 

@@ -63,15 +63,16 @@ def policy(
     extend_at: Annotated[int | None, typer.Option(metavar="PERCENT", help="In use: there the capacity is raised. 0: never.", show_default=False)] = None,
     extend_by: Annotated[int | None, typer.Option(metavar="PERCENT", help="Of the capacity: how much it is raised.", show_default=False)] = None,
     extend_max: Annotated[str | None, typer.Option(metavar="SIZE", help="The most it is raised to. 0: what the host's disk has.", show_default=False)] = None,
+    wait: Annotated[int | None, typer.Option(metavar="SECONDS", help="Writers of devices wait so long for room. 0: not at all.", show_default=False)] = None,
     hook: Annotated[str | None, typer.Option(metavar="COMMAND", help="Run for each event, with it as JSON on its input. '': none.", show_default=False)] = None,
     as_json: options.AsJson = False,
     pool: options.Pool = None,
 ) -> None:
     """Say what happens as the pool fills up: events, a hook, a larger capacity. Without options, show it.
 
-    JSON: low_water, extend_at, extend_by (percent), extend_max (bytes), hook.
+    JSON: low_water, extend_at, extend_by (percent), extend_max (bytes), wait (seconds), hook.
     """
-    given = {"low_water": low_water, "extend_at": extend_at, "extend_by": extend_by, "hook": hook}
+    given = {"low_water": low_water, "extend_at": extend_at, "extend_by": extend_by, "wait": wait, "hook": hook}
     changes = {name: value for name, value in given.items() if value is not None}
     if extend_max is not None:
         changes["extend_max"] = parse_size(extend_max)
@@ -84,8 +85,8 @@ def policy(
         print_json(asdict(current))
         return
     most = format_size(current.extend_max) if current.extend_max else "none"
-    row = [f"{current.low_water}%", f"{current.extend_at}%", f"{current.extend_by}%", most, current.hook]
-    print_table([">LOW WATER", ">EXTEND AT", ">BY", ">UP TO", "HOOK"], [row])
+    row = [f"{current.low_water}%", f"{current.extend_at}%", f"{current.extend_by}%", most, f"{current.wait}s", current.hook]
+    print_table([">LOW WATER", ">EXTEND AT", ">BY", ">UP TO", ">WAIT", "HOOK"], [row])
 
 
 def events(ctx: typer.Context, pool: options.Pool = None) -> None:

@@ -94,7 +94,7 @@ struct tp_pool {
   struct bytes fetched;
   pthread_mutex_t limiting; /* of all layers' limits; taken with no other lock held */
   pthread_cond_t limits_changed;
-  bool unlimited;           /* about to close */
+  _Atomic bool unlimited;   /* about to close */
   struct redo *redo; /* redo.h; NULL: none */
   bool noting;       /* changes are noted in it */
 

@@ -99,8 +99,8 @@ void limits_lift(tp_layer *layer) {
 
 int tp_pool_set_patience(tp_pool *pool, uint64_t ms) {
   pthread_mutex_lock(&pool->mutex);
-  pool->patience_ns = ms * 1000000;
-  pthread_cond_broadcast(&pool->room);
+  pool->patience_ns = pool->unlimited ? 0 : ms * 1000000;
+  if (pool->patience_ns == 0) pthread_cond_broadcast(&pool->room);
   pthread_mutex_unlock(&pool->mutex);
   return TP_OK;
 }
@@ -130,9 +130,9 @@ int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t
 }
 
 void tp_limits_end(tp_pool *pool) {
-  (void)tp_pool_set_patience(pool, 0);
   pthread_mutex_lock(&pool->limiting);
   pool->unlimited = true;
   pthread_cond_broadcast(&pool->limits_changed);
   pthread_mutex_unlock(&pool->limiting);
+  (void)tp_pool_set_patience(pool, 0);
 }

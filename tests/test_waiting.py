@@ -17,6 +17,8 @@ from conftest import needs_root
 from nbdworld import EXPORT_NAME, NO_HOLE, READ, WRITE, WRITE_ZEROES, option, request, simple_reply, take
 
 import thinpool
+from thinpool.api import PoolAPI
+from thinpool.server.connect import connect, take_over
 
 MIB = 1 << 20
 
@@ -31,7 +33,7 @@ def full(pool_path: Path) -> Iterator[thinpool.Pool]:
         yield pool
 
 
-def refused(pool: thinpool.Pool) -> int:
+def refused(pool: PoolAPI) -> int:
     """How many writes have found no room so far."""
     return pool.metrics().operations["write"].errors
 
@@ -40,6 +42,17 @@ def in_background(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work)
     thread.start()
     return thread
+
+
+def write_directly(device: str) -> int:
+    """A MiB, past the page cache."""
+    with mmap.mmap(-1, MIB) as memory:
+        memory.write(b"a" * MIB)
+        descriptor = os.open(device, os.O_WRONLY | os.O_DIRECT)
+        try:
+            return os.pwrite(descriptor, memory, 0)
+        finally:
+            os.close(descriptor)
 
 
 def raise_capacity(pool: thinpool.Pool) -> None:
@@ -79,16 +92,8 @@ def test_many_that_wait_in_the_file_tree_hold_up_nobody(full: thinpool.Pool, mak
 @needs_root()
 def test_what_is_behind_a_block_device_waits(full: thinpool.Pool) -> None:
     device, written = full.layer("a").attach().device, list[int]()
-
-    def write() -> None:
-        with mmap.mmap(-1, MIB) as memory:
-            memory.write(b"a" * MIB)
-            descriptor = os.open(device, os.O_WRONLY | os.O_DIRECT)
-            written.append(os.pwrite(descriptor, memory, 0))
-            os.close(descriptor)
-
     before = refused(full)
-    writer = in_background(write)
+    writer = in_background(lambda: written.append(write_directly(device)))
     wait_until(lambda: refused(full) > before)
     assert written == []
     full.layer("b").delete()
@@ -149,3 +154,33 @@ def test_it_is_kept_and_ends_with_the_pool(full: thinpool.Pool, pool_path: Path)
         closer = in_background(pool.close)
         for thread in (*writers, closer):
             thread.join()
+
+
+@needs_root()
+def test_it_goes_on_under_another_server(pool_path: Path) -> None:
+    """The kernel asks that one again."""
+    thinpool.Pool.create(pool_path, capacity="8M").close()
+    with connect(pool_path, server=True) as pool:
+        pool.create_layer("b", "8M").pwrite(b"b" * 8 * MIB, 0)
+        pool.set_policy(thinpool.Policy(wait=3600))
+        device, written = pool.create_layer("a", "64M").attach().device, list[int]()
+        writer = in_background(lambda: written.append(write_directly(device)))
+        wait_until(lambda: refused(pool) > 0)
+        take_over(pool_path).close()
+        wait_until(lambda: refused(pool) > 0)
+        assert written == []
+        pool.set_capacity("64M")
+        writer.join()
+        assert written == [MIB] and pool.layer("a").pread(MIB, 0) == b"a" * MIB
+        pool.layer("a").detach()
+
+
+def test_a_policy_that_makes_no_sense_is_no_reason_for_a_write_to_fail(pool_path: Path) -> None:
+    with thinpool.Pool.create(pool_path) as pool:
+        pool.put_document("policy", b'{"wait": 1, "of a later version": 2}')
+    with thinpool.Pool.open(pool_path) as pool:
+        pool.create_layer("a", "64M").pwrite(b"a" * MIB, 0)
+        with pytest.raises(thinpool.DamagedError, match="policy"):
+            pool.policy()
+        pool.set_policy(thinpool.Policy())
+        assert pool.policy() == thinpool.Policy()

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .api import Event, Policy, Size
-from .errors import BadSize, PoolClosed, ThinpoolError
+from .errors import BadSize, DamagedError, PoolClosed, ThinpoolError
 from .units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Watch:
             return
         try:
             policy = pool.policy()
+            self._engine.set_patience(policy.wait)  # which nobody needs before he has been refused, and this has been called
             with self._lock:
                 self._look(pool, policy)
         except PoolClosed:  # what is still written while it closes goes on
@@ -91,7 +92,8 @@ class Watch:
 
     def _look(self, pool: Pool, policy: Policy) -> None:
         room = self._room()
-        while policy.extend_at and room.capacity and room.percent >= policy.extend_at and self._extend(pool, policy, room):
+        if policy.extend_at and room.capacity and room.percent >= policy.extend_at:
+            self._extend(pool, policy, room)
             room = self._room()
         is_low = policy.low_water and room.percent >= policy.low_water
         state: State = "full" if room.free < pool.chunk_size else "low-water" if is_low else "normal"
@@ -130,17 +132,18 @@ class Watch:
         host = 0 if info.refused else self.host_free()  # which knows nothing of a user's quota
         return Room(capacity, used, pinned, max(0, min(capacity - used - pinned, host) if capacity else host))
 
-    def _extend(self, pool: Pool, policy: Policy, room: Room) -> bool:
-        wanted = room.capacity + max(room.capacity * policy.extend_by // _PERCENT_MAX, pool.chunk_size)
-        bounds = [wanted, room.used + room.pinned + self.host_free(), *([policy.extend_max] if policy.extend_max else [])]
+    def _extend(self, pool: Pool, policy: Policy, room: Room) -> None:
+        """By as many steps as it takes."""
+        step, taken = max(room.capacity * policy.extend_by // _PERCENT_MAX, pool.chunk_size), room.used + room.pinned
+        lacking = taken * _PERCENT_MAX // policy.extend_at + 1 - room.capacity
+        bounds = [room.capacity + max(1, -(-lacking // step)) * step, taken + self.host_free(), *([policy.extend_max] if policy.extend_max else [])]
         capacity = min(bounds) // pool.chunk_size * pool.chunk_size
         if capacity > room.capacity:
             pool.set_capacity(capacity)
         elif self._declined:
-            return False
+            return
         self._declined = capacity <= room.capacity
         self._tell(policy, self._event("not-extended" if self._declined else "extended", self._room()))
-        return not self._declined
 
     @staticmethod
     def _event(kind: Literal["normal", "low-water", "full", "extended", "not-extended"], room: Room) -> Event:
@@ -187,9 +190,12 @@ def set_capacity(pool: Pool, capacity: Size) -> None:
 
 
 def policy_of(pool: Pool) -> Policy:
-    """What happens as it fills up."""
+    """What happens as it fills up. Raises DamagedError."""
     stored = pool.document(_KEY)
-    return Policy() if stored is None else Policy(**json.loads(stored))
+    try:
+        return Policy() if stored is None else Policy(**json.loads(stored))
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"the pool's policy makes no sense ({error}): set another one") from error
 
 
 def set_policy(pool: Pool, policy: Policy) -> None:
@@ -204,7 +210,6 @@ def set_policy(pool: Pool, policy: Policy) -> None:
     except ValueError as error:
         raise BadSize(f"the hook is no command: {error}") from None
     pool.put_document(_KEY, json.dumps(asdict(policy)).encode())
-    pool._engine.set_patience(policy.wait)
     pool.watch.look()
 
 

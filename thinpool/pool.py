@@ -89,7 +89,6 @@ class Pool:
             store.use_features()
             self._committer.remove_leftovers()
             enforce_limits(self, self._catalog.limited())
-            self._engine.set_patience(self.policy().wait)
             self._committer.look = self.watch.look
             if background:
                 self._housekeeper = Housekeeper(self._engine, self._committer)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import hypothesis.strategies as st
@@ -79,7 +79,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[thinpool.Pool]:
         yield pool
 
 
-def negotiate(pool: thinpool.Pool, said: bytes, *, tls_required: bool) -> tuple[Agreed | None, bytes]:
+def negotiate(pool: thinpool.Pool, said: bytes, *, claim: Callable[[thinpool.Layer], None], tls_required: bool = False) -> tuple[Agreed | None, bytes]:
     """What was agreed on, if anything, and all that the server said."""
     ours, theirs = socket.socketpair()
     heard = bytearray()
@@ -99,7 +99,7 @@ def negotiate(pool: thinpool.Pool, said: bytes, *, tls_required: bool) -> tuple[
         thread.start()
     agreed = None
     with suppress(HangUp, OSError), ours:
-        agreed = Handshake(ours, pool, secure=None, tls_required=tls_required).run()
+        agreed = Handshake(ours, pool, claim=claim, secure=None, tls_required=tls_required).run()
     for thread in threads:
         thread.join()
     theirs.close()
@@ -127,14 +127,30 @@ def test_whatever_a_client_says(pool: thinpool.Pool, request: pytest.FixtureRequ
     @settings(max_examples=examples(request), suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
     @given(conversations())
     def check(said: bytes) -> None:
-        agreed, heard = negotiate(pool, said, tls_required=tls_required)
+        claimed: list[thinpool.Layer] = []
+        agreed, heard = negotiate(pool, said, claim=claimed.append, tls_required=tls_required)
         if agreed is None:
             check_replies(heard, tls_required=tls_required)
             return
         assert not tls_required and agreed.layer.name in ("base", "disk")
         assert agreed.structured or not agreed.contexts
+        assert claimed == [agreed.layer]
         assert all(since is None or since.sealed for _, since in agreed.contexts)
         old_end = struct.pack(">Q", SIZE)  # EXPORT_NAME ends with the size in place of a reply
         check_replies(heard[: heard.rindex(old_end)] if not heard.endswith(struct.pack(">QIII", 0x3E889045565A9, GO, ACK, 0)) else heard, tls_required=False)
 
     check()
+
+
+def test_a_layer_that_is_in_use_is_refused_by_name(pool: thinpool.Pool) -> None:
+    def claim(layer: thinpool.Layer) -> None:
+        raise thinpool.LayerBusy(f"layer {layer.name!r} is in use already: a loop device")
+
+    said = struct.pack(">I", 3) + option(GO, information(b"disk", [])) + option(INFO, information(b"disk", [])) + option(ABORT, b"")
+    agreed, heard = negotiate(pool, said, claim=claim)
+    check_replies(heard, tls_required=False)
+    assert agreed is None
+    assert b"layer 'disk' is in use already: a loop device" in heard
+    assert heard.count(struct.pack(">QII", 0x3E889045565A9, INFO, ACK)) == 1, "what only asks needs no claim"
+    agreed, heard = negotiate(pool, struct.pack(">I", 3) + option(EXPORT_NAME, b"disk"), claim=claim)
+    assert (agreed, len(heard)) == (None, 18), "the old way to choose has no error"

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbdworld
 import pytest
 from commandline import Command, make_rootfs, wait_until
 from conftest import needs_root, needs_tool
@@ -233,6 +235,23 @@ def test_writes_that_nobody_flushed_are_there_after_kills(served: Served, tmp_pa
         qemu.terminate()
         qemu.wait()
     assert hashlib.sha256(served.pool.layer("snap").pread(64 * MIB, 0)).hexdigest() == digest
+
+
+def test_a_layer_that_a_client_was_told_it_has_is_there_after_a_kill(served: Served, tmp_path: Path) -> None:
+    served.pool.serve_nbd(f"unix:{tmp_path}/nbd")
+    for name in ("by-export-name", "by-go"):
+        served.pool.create_layer(name, MIB)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{tmp_path}/nbd")
+            assert nbdworld.take(client, 18)[:8] == b"NBDMAGIC"
+            choice = nbdworld.option(nbdworld.EXPORT_NAME, name.encode())
+            if name == "by-go":
+                choice = nbdworld.option(nbdworld.GO, struct.pack(">I", len(name)) + name.encode() + bytes(2))
+            client.sendall(struct.pack(">I", 3) + choice)
+            last = nbdworld.take(client, 10 if name == "by-export-name" else 32 + 20)
+            assert name == "by-export-name" or last.endswith(struct.pack(">III", nbdworld.GO, 1, 0)), last
+            served.kill()
+        assert served.pool.layer(name).size == MIB
 
 
 def test_what_belongs_to_nobody_goes(served: Served, tmp_path: Path) -> None:

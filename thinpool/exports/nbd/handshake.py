@@ -79,11 +79,23 @@ def relatives(layer: Layer) -> list[Layer]:
 
 
 class Handshake:
-    """One connection's. ``secure`` makes a TLS connection of a socket; ``None``: there is no TLS."""
+    """One connection's.
 
-    def __init__(self, connection: socket.socket, exports: Exports, *, secure: Callable[[socket.socket], ssl.SSLSocket] | None, tls_required: bool) -> None:
+    ``claim`` keeps a layer for the client, before it is told that it has it; raises ThinpoolError. ``secure`` makes a TLS connection of a socket;
+    ``None``: there is no TLS.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        exports: Exports,
+        *,
+        claim: Callable[[Layer], None],
+        secure: Callable[[socket.socket], ssl.SSLSocket] | None,
+        tls_required: bool,
+    ) -> None:
         self.connection = connection  # over TLS from STARTTLS on
-        self._exports = exports
+        self._exports, self._claim = exports, claim
         self._secure, self._tls_required = secure, tls_required
         self._deadline = time.monotonic() + _SECONDS_MAX
         self._structured = False
@@ -192,6 +204,8 @@ class Handshake:
         try:
             layer = self._exports.layer(name)
             if PARTIAL_LABEL not in layer.labels:
+                if option in (_GO, _EXPORT_NAME):
+                    self._claim(layer)
                 return layer
             why = f"layer {name!r} is still being imported"
         except LayerNotFound:

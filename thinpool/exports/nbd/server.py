@@ -9,7 +9,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,11 +123,16 @@ class NbdServer:
                 self._connections.add(connection)
             secure = None if context is None else lambda plain: context.wrap_socket(plain, server_side=True)
             is_unix = connection.family == socket.AF_UNIX
-            handshake = Handshake(connection, self._pool, secure=secure, tls_required=context is not None and not is_unix)
+            claims = ExitStack()
+
+            def claim(layer: Layer) -> None:
+                claims.enter_context(self._claim(layer))
+
+            handshake = Handshake(connection, self._pool, claim=claim, secure=secure, tls_required=context is not None and not is_unix)
             try:
-                agreed = handshake.run()
-                handshake.connection.settimeout(None)
-                with self._claim(agreed.layer):
+                with claims:
+                    agreed = handshake.run()
+                    handshake.connection.settimeout(None)
                     self._transmit(handshake.connection, agreed)
             except HangUp as reason:
                 _LOG.debug("a connection ended in its negotiation: %s", reason)

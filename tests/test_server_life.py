@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import random
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -129,6 +132,19 @@ def test_a_server_killed_with_its_keeper_leaves_a_pool_that_opens(path: Path) ->
     assert second_pid != pid
     assert again.layer("a").pread(4, 0) == b"kept"
     again.close()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
+def test_a_server_keeps_memory_for_few_threads(path: Path) -> None:
+    """Not the most that each of its threads ever needed: glibc gives them arenas of 64 MiB of addresses, used from the beginning on."""
+    pool, pid = started_server(path)
+    layer = pool.create_layer("a", 8 << 20)
+    with ThreadPoolExecutor(24) as threads:
+        list(threads.map(lambda at: layer.pread(8 << 20, 0)[at], range(96)))
+    ranges = re.findall(r"^(\w+)-(\w+) rw-p 0+ 00:00 0 *\n(\w+)-(\w+) ---p", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
+    pool.close()
+    arenas = [start for start, end, behind, last in ranges if end == behind and int(last, 16) - int(start, 16) == 64 << 20]
+    assert len(arenas) <= 1, "besides the one that is no mapping of its own"
 
 
 def test_the_server_goes_with_its_pool(path: Path) -> None:

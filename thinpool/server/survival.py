@@ -17,11 +17,12 @@ each has a random identity, which only one that committed hands on to the next.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..exports.keeping.link import KeeperLink
@@ -29,6 +30,8 @@ from ..pool import Pool
 
 _LOG = logging.getLogger("thinpool.server")
 _IDENTITY_BYTES = 32
+_M_ARENA_MAX = -8  # glibc's malloc.h
+_ARENAS_MAX = 2
 
 
 @contextmanager
@@ -37,6 +40,7 @@ def kept_pool(path: Path, *, takeover: bool = False, verify_reads: bool = False)
 
     ``takeover``: also one that is still at work, which leaves. ``verify_reads``: as :meth:`Pool.open` has it. Raises what that raises.
     """
+    _limit_arenas()
     run = os.path.join(os.path.realpath(path), "run")
     keeper = KeeperLink.claim(run, takeover=takeover)
     redo = keeper.kept("redo")[0] if keeper else os.memfd_create("thinpool-redo")
@@ -53,6 +57,14 @@ def kept_pool(path: Path, *, takeover: bool = False, verify_reads: bool = False)
             _LOG.exception("cannot go on with what the last server left")
             os._exit(1)  # and let the keeper try again, rather than take down what works
         yield pool, keeper
+
+
+def _limit_arenas() -> None:
+    """glibc gives a process eight arenas for each processor, and each keeps as much as was ever needed from it at once: with a server's many threads,
+    whose requests may be large, that grows for hours. The threads of an interpreter hardly need more than one.
+    """
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS_MAX)
 
 
 def identity_of(keeper: KeeperLink) -> str:

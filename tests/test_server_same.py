@@ -118,6 +118,8 @@ def test_a_handle_outlives_a_rename_and_not_a_delete(pool: PoolAPI) -> None:
     assert layer.name == "b"
     layer.set_labels({"k": "v"})
     assert dict(pool.layer("b").labels) == {"k": "v"}
+    layer.rename("c", labels={"l": "w"})
+    assert dict(pool.layer("c").labels) == {"l": "w"}
     layer.delete()
     with pytest.raises(thinpool.LayerDeleted):
         layer.pread(1, 0)

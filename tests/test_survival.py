@@ -12,10 +12,11 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import nbdworld
 import pytest
@@ -28,6 +29,8 @@ from thinpool.exports.keeping import keeper as keeper_program
 from thinpool.exports.keeping.link import KeeperLink
 from thinpool.server.client import RemotePool
 from thinpool.server.connect import connect, take_over
+from thinpool.server.transport import Transport
+from thinpool.trash import take_back, throw_away, thrown_away
 
 MIB = 1 << 20
 pytestmark = [needs_root(), needs_tool("mkfs.ext4", "e2fsck", "qemu-nbd", "fio")]
@@ -252,6 +255,40 @@ def test_a_layer_that_a_client_was_told_it_has_is_there_after_a_kill(served: Ser
             assert name == "by-export-name" or last.endswith(struct.pack(">III", nbdworld.GO, 1, 0)), last
             served.kill()
         assert served.pool.layer(name).size == MIB
+
+
+def test_a_layer_is_in_the_trash_or_is_not_whenever_the_server_is_killed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the change after the lost one comes to the next server, and is committed there."""
+    layer = served.pool.create_layer("disk", MIB)
+    served.pool.commit()
+    in_trash = f"trash/{layer.id}/disk", ["disk"]
+
+    def look() -> tuple[str, list[str]]:
+        return layer.name, [thrown.name for thrown in thrown_away(served.pool.layers())]
+
+    def with_a_kill_after_the_first_change(verb: Callable[[], object]) -> None:
+        ask = Transport._ask
+
+        def ask_and_kill(self: Transport, method: str, *how: Any) -> bytes:
+            answer = ask(self, method, *how)
+            if method != "GET":
+                monkeypatch.undo()
+                served.kill()
+            return answer
+
+        monkeypatch.setattr(Transport, "_ask", ask_and_kill)
+        verb()
+        with connect(served.path) as again:
+            again.commit()
+
+    with_a_kill_after_the_first_change(lambda: throw_away(served.pool, layer, 1))
+    assert look() in (("disk", []), in_trash)
+    if look() != in_trash:
+        throw_away(served.pool, layer, 1)
+    with connect(served.path) as again:
+        again.commit()
+    with_a_kill_after_the_first_change(lambda: take_back(served.pool.layers(), "disk"))
+    assert look() in (("disk", []), in_trash)
 
 
 def test_what_belongs_to_nobody_goes(served: Served, tmp_path: Path) -> None:

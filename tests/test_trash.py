@@ -11,7 +11,7 @@ from commandline import Command, wait_until
 from conftest import needs_root
 
 import thinpool
-from thinpool import Layer, Pool
+from thinpool import Pool
 from thinpool.catalog import TRASH_LABEL
 from thinpool.trash import take_back, throw_away, thrown_away
 
@@ -168,19 +168,6 @@ def test_through_a_server(command: Command) -> None:
     assert {item["layer"] for item in command.json("undelete")} == {"web"}
     command("undelete", "web")
     command("detach", "base")
-
-
-def test_a_layer_may_be_gone_before_its_name_is_free(pool: thinpool.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trash is emptied at that very moment."""
-    layer, set_labels = pool.create_layer("a", "1M"), Layer.set_labels
-
-    def emptied_at_once(self: Layer, labels: dict[str, str]) -> None:
-        set_labels(self, labels)
-        pool._committer.empty_trash()
-
-    monkeypatch.setattr(Layer, "set_labels", emptied_at_once)
-    throw_away(pool, layer, 1)
-    assert pool.layers() == []
 
 
 def test_listing_the_trash_while_somebody_else_deletes(pool: thinpool.Pool) -> None:

@@ -181,9 +181,9 @@ class Layer:
         self._handle.resize(new)
         self._pool.resized(self)
 
-    def rename(self, name: str) -> None:
-        """Gives it another name. Raises BadName or LayerExists."""
-        self._pool.rename(self, name)
+    def rename(self, name: str, *, labels: Mapping[str, str] | None = None) -> None:
+        """Gives it another name, and, where given, other labels in the same step. Raises BadName or LayerExists."""
+        self._pool.rename(self, name, labels)
 
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replaces all labels."""

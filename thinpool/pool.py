@@ -320,9 +320,11 @@ class Pool:
             yield self._catalog
             self._engine.touch()
 
-    def rename(self, layer: Layer, name: str) -> None:
+    def rename(self, layer: Layer, name: str, labels: Mapping[str, str] | None) -> None:
         with self.changing_record(layer):
             self._catalog.rename(layer.id, name)
+            if labels is not None:
+                self._catalog.set_labels(layer.id, labels)
 
     def set_labels(self, layer: Layer, labels: Mapping[str, str]) -> None:
         with self.changing_record(layer):

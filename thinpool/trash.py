@@ -30,10 +30,9 @@ def throw_away(pool: PoolAPI, layer: LayerAPI, keep_hours: float) -> None:
         if use.layer == name:
             where = f"container {use.container}" if use.container else f"mount on {use.mountpoint}" if use.mountpoint else f"block device {use.device}"
             raise LayerBusy(f"cannot delete layer {name}: used by {where}", (where,))
-    # The labels first: from then on it goes by itself, whatever happens to this process.
-    layer.set_labels({**layer.labels, TRASH_LABEL: str(int(time.time() + keep_hours * 3600)), NAME_LABEL: name})
-    with suppress(LayerDeleted):  # its space was needed at once
-        layer.rename(f"trash/{layer.id}/{name}"[:_NAME_MAX])
+    # In one step, so that there is nothing in between, whatever happens to this process or to the pool's server.
+    labels = {**layer.labels, TRASH_LABEL: str(int(time.time() + keep_hours * 3600)), NAME_LABEL: name}
+    layer.rename(f"trash/{layer.id}/{name}"[:_NAME_MAX], labels=labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,10 @@ def take_back(layers: Iterable[LayerAPI], name: str, new_name: str | None = None
         with suppress(LayerDeleted):
             layer = thrown.layer
             if name in (thrown.name, layer.name):
+                labels = {key: value for key, value in layer.labels.items() if key not in (TRASH_LABEL, NAME_LABEL)}
                 if layer.name != (back := new_name or thrown.name):
-                    layer.rename(back)
-                layer.set_labels({key: value for key, value in layer.labels.items() if key not in (TRASH_LABEL, NAME_LABEL)})
+                    layer.rename(back, labels=labels)
+                else:  # it was renamed in the trash
+                    layer.set_labels(labels)
                 return layer
     raise LayerNotFound(f"no layer named {name!r} in the trash")

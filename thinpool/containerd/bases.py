@@ -41,14 +41,13 @@ def base_layer(pool: PoolAPI, filesystem: str, size: int) -> LayerAPI:
             finally:
                 layer.detach()
         layer.seal()
-        layer.rename(name)
+        layer.rename(name, labels=labels)
     except LayerExists:  # somebody else was quicker
         layer.delete()
         return pool.layer(name)
     except BaseException:
         layer.delete()
         raise
-    layer.set_labels(labels)
     return layer
 
 

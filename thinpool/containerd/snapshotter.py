@@ -131,28 +131,26 @@ class Snapshotter:
     def commit(self, pool: PoolAPI, key: str, name: str, labels: Mapping[str, str], now: int) -> None:
         """Makes an active snapshot a committed one of another name. Raises LayerExists, LayerNotFound, LayerState."""
         try:
-            _, there = self._find(pool, _required(name))
+            layer, there = self._find(pool, _required(name))
         except LayerNotFound:
             self._commit(pool, key, name, labels, now)
         else:
             if (there.kind, there.created) != ("committed", now):
                 raise LayerExists(f"snapshot {name!r} exists already")
+            _seal(layer)
         pool.commit()
 
     def _commit(self, pool: PoolAPI, key: str, name: str, labels: Mapping[str, str], now: int) -> None:
-        layer, active = self._find(pool, key, cut_short=name)
-        if active.key == key:
-            if active.kind != "active":
-                raise LayerState(f"snapshot {key!r} is not active but {active.kind}")
-            committed = replace(active, key=name, kind="committed", created=now, updated=now, labels=dict(labels))
-            mountpoint = self._let_go(pool, layer)
-            if mountpoint is not None:
-                self._commit_in_use(pool, layer, mountpoint, committed)
-                return
-            if not layer.sealed:  # else the call is made again
-                layer.seal()
-            layer.set_labels(committed.as_labels())
-        layer.rename(layer_name(name))
+        layer, active = self._find(pool, key)
+        if active.kind != "active":
+            raise LayerState(f"snapshot {key!r} is not active but {active.kind}")
+        committed = replace(active, key=name, kind="committed", created=now, updated=now, labels=dict(labels))
+        mountpoint = self._let_go(pool, layer)
+        if mountpoint is not None:
+            self._commit_in_use(pool, layer, mountpoint, committed)
+            return
+        _seal(layer)
+        layer.rename(layer_name(name), labels=committed.as_labels())
 
     def _commit_in_use(self, pool: PoolAPI, layer: LayerAPI, mountpoint: str, committed: Snapshot) -> None:
         if not mountpoint:  # mounted where only others see it
@@ -228,9 +226,6 @@ class Snapshotter:
             mountpoint = mountpoints.get(devices.get(record.name, ""))
             if mountpoint is not None:
                 thaw(pool, pool.layer(record.name), mountpoint)
-            snapshot = Snapshot.from_labels(record.labels)
-            if snapshot is not None and not is_removed(record.name) and record.name != layer_name(snapshot.key):
-                pool.layer(record.name).rename(layer_name(snapshot.key))
         base_layer(pool, self._filesystem, self._size)
         self._on_leftover()
 
@@ -292,16 +287,22 @@ class Snapshotter:
     # --- finding ---
 
     @staticmethod
-    def _find(pool: PoolAPI, key: str, *, cut_short: str | None = None) -> tuple[LayerAPI, Snapshot]:
-        """A snapshot and its layer; also one that was to be renamed to ``cut_short`` when its commit ended early. Raises LayerNotFound."""
+    def _find(pool: PoolAPI, key: str) -> tuple[LayerAPI, Snapshot]:
+        """A snapshot and its layer. Raises LayerNotFound."""
         try:
             layer, record = _described(pool, layer_name(key))
             snapshot = Snapshot.from_labels(record.labels)
         except (LayerNotFound, LayerDeleted):
             snapshot = None
-        if snapshot is None or snapshot.key not in (key, cut_short):
+        if snapshot is None or snapshot.key != key:
             raise LayerNotFound(f"no snapshot {key!r}")
         return layer, snapshot
+
+
+def _seal(layer: LayerAPI) -> None:
+    """Unless that was done when the call was made before, by a server that was killed then."""
+    if not layer.sealed:
+        layer.seal()
 
 
 def _required(key: str) -> str:

@@ -91,11 +91,10 @@ def blank_layer(pool: Pool, filesystem: str, size: int) -> Layer:
         layer = pool.import_raw(image, f"thinpool/mkfs/{uuid.uuid4().hex}", labels={**labels, PARTIAL_LABEL: "1"})
     layer.seal()
     try:
-        layer.rename(name)  # whoever finds it by that name finds it complete
+        layer.rename(name, labels=labels)  # whoever finds it by that name finds it complete
     except LayerExists:  # somebody else was quicker
         layer.delete()
         return pool.layer(name)
-    layer.set_labels(labels)
     return layer
 
 

@@ -42,8 +42,7 @@ def import_rootfs(
             unpack(path, tree, progress=progress)
         share_equal_chunks(pool, layer, blank)
         layer.seal()
-        layer.rename(name)
-        layer.set_labels({FILESYSTEM_LABEL: filesystem, "thinpool.source": path.name, **(labels or {})})
+        layer.rename(name, labels={FILESYSTEM_LABEL: filesystem, "thinpool.source": path.name, **(labels or {})})
         pool.commit()
     except BaseException:
         layer.delete()

@@ -82,11 +82,9 @@ class Blob:
     def keep(self, descriptor: Descriptor) -> None:
         """Gives it its name, under :meth:`Pool.atomically`; one of that name that is there already is kept instead."""
         try:
-            self.layer.rename(blob_name(descriptor.digest))
+            self.layer.rename(blob_name(descriptor.digest), labels={BLOB_LABEL: descriptor.media_type})
         except LayerExists:
             self.layer.delete()
-        else:
-            self.layer.set_labels({BLOB_LABEL: descriptor.media_type})
 
     def discard(self) -> None:
         """Takes it out of the pool again."""

@@ -283,8 +283,7 @@ class Importer:
             step.kept.set_labels({BLOB_LABEL: step.archive.media_type})
             made = step.archive if self._source.manifest is None else None
         self._pool.set_digests(step.layer, {"diff": step.diff_id, "chain": step.chain_id})
-        step.layer.set_labels({FILESYSTEM_LABEL: _FILESYSTEM})
-        step.layer.rename(step.chain_id)
+        step.layer.rename(step.chain_id, labels={FILESYSTEM_LABEL: _FILESYSTEM})
         self._store.put_archives(step.chain_id, LayerArchives(step.diff_id, step.tar_size, made=made))
 
     def _note_original(self, chain_id: str, archive: Descriptor) -> None:

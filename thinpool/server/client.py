@@ -364,9 +364,9 @@ class RemoteLayer:
         """Grows it, or with ``allow_shrink`` cuts it. Raises BadSize, LayerSealed."""
         self._ask("POST", "resize", {"size": size, "allow_shrink": allow_shrink})
 
-    def rename(self, name: str) -> None:
-        """Gives it another name. Raises LayerExists, BadName."""
-        self._ask("POST", "rename", {"name": name})
+    def rename(self, name: str, *, labels: Mapping[str, str] | None = None) -> None:
+        """Gives it another name, and, where given, other labels in the same step. Raises LayerExists, BadName."""
+        self._ask("POST", "rename", {"name": name, "labels": _plain(labels)})
 
     def set_labels(self, labels: Mapping[str, str]) -> None:
         """Replaces its labels."""

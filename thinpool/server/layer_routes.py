@@ -110,9 +110,9 @@ def resize(layer: LayerOf, size: SizeField, allow_shrink: Flag = False) -> None:
 
 @router.post("/rename")
 @change
-def rename(layer: LayerOf, name: Name) -> None:
-    """Changes its name."""
-    layer.rename(name)
+def rename(layer: LayerOf, name: Name, labels: Labels = None) -> None:
+    """Changes its name, and, where given, its labels in the same step."""
+    layer.rename(name, labels=labels)
 
 
 @router.post("/labels")

@@ -408,13 +408,27 @@ int layer_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offs
 int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
   struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
   int rc = layer_write(layer, buf, length, offset);
+  bool again = rc == TP_ENOSPC && layer->pool->patience_ns != 0; /* by tp_write_patient, and counted there */
+  if (!again) metrics_end(&probe, length, rc);
+  return rc;
+}
+
+int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+  if (layer->limits != NULL) limits_wait(layer, true, length);
+  struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
+  uint64_t end_ns = 0;
+  int rc = layer_write(layer, buf, length, offset);
+  while (rc == TP_ENOSPC && room_wait(layer->pool, &end_ns)) rc = layer_write(layer, buf, length, offset);
   metrics_end(&probe, length, rc);
   return rc;
 }
 
 int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
   if (layer->limits != NULL) limits_wait(layer, true, length);
-  return tp_write_admitted(layer, buf, length, offset);
+  struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
+  int rc = layer_write(layer, buf, length, offset);
+  metrics_end(&probe, length, rc);
+  return rc;
 }
 
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count) {

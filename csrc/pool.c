@@ -308,6 +308,7 @@ int tp_pool_get_info(tp_pool *pool, tp_pool_info *out) {
       .failed = pool->failed,
       .failed_errno = pool->failed_errno,
       .refused = pool->refused,
+      .waiting_writers = pool->waiting_writers,
       .cached_bytes = pool->cache.bytes,
       .splits = pool->splits,
       .in_place = pool->in_place,

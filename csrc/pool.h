@@ -62,6 +62,7 @@ struct tp_pool {
   pthread_cond_t work;      /* for tp_wait_work */
   pthread_cond_t room;      /* there may be some, for who waits for it */
   _Atomic uint64_t patience_ns; /* how long writers of devices do; 0: not at all */
+  uint64_t waiting_writers;     /* that wait there; under the mutex */
   tp_options options;
   tp_disk disk;
   struct file_disk { int fd; } file_disk;

@@ -118,6 +118,7 @@ typedef struct {
   int failed;               /* tp_error that put the pool into error mode; 0: none */
   int failed_errno;         /* errno of the host, where the thread that failed had one */
   int refused;              /* the host has no room, by its disk or a quota on it: a write was refused, and none with new chunks has been done since */
+  uint64_t waiting_writers; /* for room */
   uint64_t cached_bytes;    /* nodes and pages in memory */
   uint64_t splits, in_place, first_writes, window_waits, fetches; /* counters since open */
 } tp_pool_info;
@@ -209,7 +210,7 @@ int tp_layer_set_limits(tp_layer *layer, const tp_limits *limits); /* who waits 
  * clock; 0: now. */
 int tp_limits_take(tp_layer *layer, int writing, uint64_t length, uint64_t now_ns);
 int tp_read_admitted(tp_layer *layer, void *buf, uint64_t length, uint64_t offset);
-int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset);
+int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset); /* in a patient pool TP_ENOSPC is to go on by tp_write_patient */
 uint64_t tp_limits_waiting(tp_layer *layer); /* how many wait */
 void tp_limits_end(tp_pool *pool);           /* nobody waits any more, nor for room: the pool is about to close */
 

@@ -107,8 +107,7 @@ int tp_pool_set_patience(tp_pool *pool, uint64_t ms) {
 
 uint64_t tp_pool_patience(tp_pool *pool) { return pool->patience_ns / 1000000; }
 
-/* False: not any longer. *end_ns: 0 the first time. Of the host's disk nobody tells when it has room again, so it returns now and then. */
-static bool wait_for_room(tp_pool *pool, uint64_t *end_ns) {
+bool room_wait(tp_pool *pool, uint64_t *end_ns) {
   pthread_mutex_lock(&pool->mutex);
   uint64_t now = now_ns(), patience = pool->patience_ns;
   if (*end_ns == 0) *end_ns = now + patience;
@@ -116,17 +115,12 @@ static bool wait_for_room(tp_pool *pool, uint64_t *end_ns) {
   if (waits) {
     uint64_t next = min_u64(*end_ns, now + ROOM_LOOK_NS);
     struct timespec until = {.tv_sec = (time_t)(next / 1000000000), .tv_nsec = (long)(next % 1000000000)};
+    pool->waiting_writers++;
     pthread_cond_timedwait(&pool->room, &pool->mutex, &until);
+    pool->waiting_writers--;
   }
   pthread_mutex_unlock(&pool->mutex);
   return waits;
-}
-
-int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
-  uint64_t end_ns = 0;
-  int rc = tp_write(layer, buf, length, offset);
-  while (rc == TP_ENOSPC && wait_for_room(layer->pool, &end_ns)) rc = tp_write_admitted(layer, buf, length, offset);
-  return rc;
 }
 
 void tp_limits_end(tp_pool *pool) {

@@ -25,4 +25,8 @@ void limits_wait(tp_layer *layer, bool writing, uint64_t length);
 
 void limits_lift(tp_layer *layer); /* the layer is deleted: nobody waits for it any more */
 
+/* Waits for room as long as the pool's patience says; false: not any longer. *end_ns: 0 the first time. Of the host's disk nobody tells when it
+ * has room again, so it returns now and then. */
+bool room_wait(tp_pool *pool, uint64_t *end_ns);
+
 #endif

@@ -33,8 +33,12 @@ def full(pool_path: Path) -> Iterator[thinpool.Pool]:
         yield pool
 
 
-def refused(pool: PoolAPI) -> int:
-    """How many writes have found no room so far."""
+def waiting(pool: PoolAPI) -> int:
+    return pool.metrics().waiting_writers
+
+
+def failed(pool: PoolAPI) -> int:
+    """How many writes have so far."""
     return pool.metrics().operations["write"].errors
 
 
@@ -72,9 +76,9 @@ def change_the_policy(pool: thinpool.Pool) -> None:
 def test_many_that_wait_in_the_file_tree_hold_up_nobody(full: thinpool.Pool, make_room: Callable[[thinpool.Pool], None]) -> None:
     files = full.uses.files()  # type: ignore[attr-defined]  # not in the protocol
     one, two = os.open(files / "a", os.O_RDWR), os.open(files / "b", os.O_RDWR)
-    before, written = refused(full), list[int]()
+    before, written = failed(full), list[int]()
     writers = [in_background(lambda at=at: written.append(os.pwrite(one, b"a" * 65536, at << 16))) for at in range(40)]
-    wait_until(lambda: refused(full) >= before + 40)
+    wait_until(lambda: waiting(full) == 40)
     assert os.pwrite(two, b"c" * 4096, MIB) == 4096
     assert os.pread(two, 4096, MIB) == b"c" * 4096
     with pytest.raises(thinpool.OutOfSpace):
@@ -86,15 +90,15 @@ def test_many_that_wait_in_the_file_tree_hold_up_nobody(full: thinpool.Pool, mak
         writer.join()
     os.close(one)
     assert written == [65536] * 40
+    assert (waiting(full), failed(full)) == (0, before + 1), "only the library's"
     assert full.layer("a").pread(40 << 16, 0) == b"a" * (40 << 16)
 
 
 @needs_root()
 def test_what_is_behind_a_block_device_waits(full: thinpool.Pool) -> None:
     device, written = full.layer("a").attach().device, list[int]()
-    before = refused(full)
     writer = in_background(lambda: written.append(write_directly(device)))
-    wait_until(lambda: refused(full) > before)
+    wait_until(lambda: waiting(full) > 0)
     assert written == []
     full.layer("b").delete()
     writer.join()
@@ -117,9 +121,8 @@ def connected(address: Path, name: bytes) -> socket.socket:
 def test_a_client_of_nbd_waits_and_holds_up_no_other(full: thinpool.Pool, tmp_path: Path, kind: int, flags: int, data: bytes) -> None:
     full.serve_nbd(f"unix:{tmp_path}/nbd")
     clients = [connected(tmp_path / "nbd", name) for name in (b"a", b"b")]
-    before = refused(full)
     clients[0].sendall(request(kind, 0, len(data) or MIB, flags) + data)
-    wait_until(lambda: refused(full) > before)
+    wait_until(lambda: waiting(full) > 0)
     clients[1].sendall(request(READ, 0, 10))
     assert simple_reply(clients[1], 10) == (0, b"b" * 10)
     full.set_capacity("64M")
@@ -132,10 +135,10 @@ def test_a_client_of_nbd_waits_and_holds_up_no_other(full: thinpool.Pool, tmp_pa
 @needs_root()
 def test_it_ends(full: thinpool.Pool) -> None:
     full.set_policy(thinpool.Policy(wait=1))
-    descriptor = os.open(full.uses.files() / "a", os.O_RDWR)  # type: ignore[attr-defined]  # not in the protocol
+    descriptor, before = os.open(full.uses.files() / "a", os.O_RDWR), failed(full)  # type: ignore[attr-defined]  # not in the protocol
     with pytest.raises(OSError, match="No space left"):
         os.pwrite(descriptor, b"a", 0)
-    assert refused(full) > 1
+    assert failed(full) == before + 1
     os.close(descriptor)
 
 
@@ -150,7 +153,7 @@ def test_it_is_kept_and_ends_with_the_pool(full: thinpool.Pool, pool_path: Path)
                 file.write(b"a")
 
         writers = [in_background(write) for _ in range(3)]
-        wait_until(lambda: refused(pool) >= 3)
+        wait_until(lambda: waiting(pool) == 3)
         closer = in_background(pool.close)
         for thread in (*writers, closer):
             thread.join()
@@ -165,9 +168,9 @@ def test_it_goes_on_under_another_server(pool_path: Path) -> None:
         pool.set_policy(thinpool.Policy(wait=3600))
         device, written = pool.create_layer("a", "64M").attach().device, list[int]()
         writer = in_background(lambda: written.append(write_directly(device)))
-        wait_until(lambda: refused(pool) > 0)
+        wait_until(lambda: waiting(pool) > 0)
         take_over(pool_path).close()
-        wait_until(lambda: refused(pool) > 0)
+        wait_until(lambda: waiting(pool) > 0)
         assert written == []
         pool.set_capacity("64M")
         writer.join()

@@ -54,6 +54,7 @@ class EngineInfo:
     failed: int
     failed_errno: int
     refused: int
+    waiting_writers: int
     cached_bytes: int
     splits: int
     in_place: int
@@ -126,8 +127,7 @@ class Engine:
         options = _ffi.new("tp_options *")
         options.chunk_size, options.capacity, options.cache_bytes, options.window_bytes = chunk_size, capacity, cache_bytes, window_bytes
         options.data_fd, options.read_only, options.verify_reads = data_fd, read_only, verify_reads
-        options.disk = disk if disk is not None else _ffi.NULL
-        options.ctx = self._handle
+        options.disk, options.ctx = disk if disk is not None else _ffi.NULL, self._handle
         options.fetch, options.commit, options.extend_window = _core.tp_py_fetch, _core.tp_py_commit, _core.tp_py_extend_window
         out = _ffi.new("tp_pool **")
         self.check(_core.tp_pool_open(options, out))

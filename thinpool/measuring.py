@@ -64,6 +64,7 @@ def measure(pool: Pool) -> PoolMetrics:
         digests=sum(record is not None and "content" in record.digests for record in records),
         attachments=Counter(one.purpose for one in pool.attachments()),
         nbd_clients=0 if pool._uses is None else pool._uses.nbd_clients(),
+        waiting_writers=info.waiting_writers,
         operations=_operations(counted.operation),
         flushes=_histogram(counted.flush),
         commits=_histogram(counted.commit),

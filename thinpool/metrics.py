@@ -78,10 +78,11 @@ class PoolMetrics:
 
     ``mode``: ``failed`` is the error mode after a failed sync or commit. ``free``: what layers can still take, by the capacity and by the
     host's file system. ``dirty``: in free chunks that still take space on the host, to be given back; ``pending``: freed, but not yet
-    committed. ``digests``: layers that have a content digest. ``attachments``: by purpose. ``operations``: by kind, of all layers, deleted
-    ones too; ``layers``: of each that has had traffic. ``flushes``: whoever asked, the pool itself too; ``phases``: of the ``commits``.
-    ``splits``: writes of less than a chunk to a shared one. ``punched``: bytes given back to the host; ``deduplicated``: bytes not
-    stored twice, as an import or a content digest found that the pool had them. ``corrupt_reads``: of chunks that were not what their checksums say.
+    committed. ``digests``: layers that have a content digest. ``attachments``: by purpose. ``waiting_writers``: of devices, for room, where
+    the policy says so. ``operations``: by kind, of all layers, deleted ones too; ``layers``: of each that has had traffic. ``flushes``:
+    whoever asked, the pool itself too; ``phases``: of the ``commits``. ``splits``: writes of less than a chunk to a shared one. ``punched``:
+    bytes given back to the host; ``deduplicated``: bytes not stored twice, as an import or a content digest found that the pool had them.
+    ``corrupt_reads``: of chunks that were not what their checksums say.
     """
 
     mode: Literal["writable", "read-only", "failed"]
@@ -98,6 +99,7 @@ class PoolMetrics:
     digests: int
     attachments: Mapping[str, int]
     nbd_clients: int
+    waiting_writers: int
     operations: Mapping[str, Operations]
     flushes: Histogram
     commits: Histogram

@@ -29,6 +29,7 @@ _GAUGES = {
     "layers_digested": ("digests", "Layers that have a content digest."),
     "reclaim_nodes": ("reclaim_nodes", "Map nodes of deleted layers still to be walked."),
     "nbd_clients": ("nbd_clients", "Connections of NBD clients."),
+    "waiting_writers": ("waiting_writers", "Writers of devices that wait for room, as the policy says."),
     "cache_bytes": ("cache_bytes", "Maps and counts in memory."),
 }
 _COUNTERS = {

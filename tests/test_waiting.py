@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from commandline import wait_until
+from commandline import Command, wait_until
 from conftest import needs_root
 from nbdworld import EXPORT_NAME, NO_HOLE, READ, WRITE, WRITE_ZEROES, option, request, simple_reply, take
 
@@ -178,12 +178,16 @@ def test_it_goes_on_under_another_server(pool_path: Path) -> None:
         pool.layer("a").detach()
 
 
-def test_a_policy_that_makes_no_sense_is_no_reason_for_a_write_to_fail(pool_path: Path) -> None:
-    with thinpool.Pool.create(pool_path) as pool:
+def test_a_policy_that_makes_no_sense_is_no_reason_for_a_write_to_fail(tmp_path: Path) -> None:
+    command = Command(tmp_path)
+    with thinpool.Pool.create(command.pool) as pool:
         pool.put_document("policy", b'{"wait": 1, "of a later version": 2}')
-    with thinpool.Pool.open(pool_path) as pool:
+    with thinpool.Pool.open(command.pool) as pool:
         pool.create_layer("a", "64M").pwrite(b"a" * MIB, 0)
         with pytest.raises(thinpool.DamagedError, match="policy"):
             pool.policy()
-        pool.set_policy(thinpool.Policy())
-        assert pool.policy() == thinpool.Policy()
+    _, message = command.fails("policy")
+    assert "set another one" in message
+    command("policy", "--wait", "2")
+    with thinpool.Pool.open(command.pool) as pool:
+        assert pool.policy() == thinpool.Policy(wait=2)

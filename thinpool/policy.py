@@ -195,7 +195,7 @@ def policy_of(pool: Pool) -> Policy:
     try:
         return Policy() if stored is None else Policy(**json.loads(stored))
     except (ValueError, TypeError) as error:
-        raise DamagedError(f"the pool's policy makes no sense ({error}): set another one") from error
+        raise DamagedError(f"the pool's policy makes no sense ({error}): set another one (thinpool policy)") from error
 
 
 def set_policy(pool: Pool, policy: Policy) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ..api import Policy
+from ..errors import DamagedError
 from ..units import format_size, parse_size
 from . import options
 from .options import opened
@@ -70,6 +72,8 @@ def policy(
 ) -> None:
     """Say what happens as the pool fills up: events, a hook, a larger capacity. Without options, show it.
 
+    Options that are not given stay as they are; of a policy that is damaged, as in a new pool.
+
     JSON: low_water, extend_at, extend_by (percent), extend_max (bytes), wait (seconds), hook.
     """
     given = {"low_water": low_water, "extend_at": extend_at, "extend_by": extend_by, "wait": wait, "hook": hook}
@@ -77,7 +81,12 @@ def policy(
     if extend_max is not None:
         changes["extend_max"] = parse_size(extend_max)
     with opened(ctx, pool) as p:
-        current = p.policy()
+        try:
+            current = p.policy()
+        except DamagedError:
+            if not changes:
+                raise
+            current = Policy()
         if changes:
             p.set_policy(replace(current, **changes))  # type: ignore[arg-type]
             return

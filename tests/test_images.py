@@ -104,7 +104,10 @@ def test_through_a_registry_and_back(pool: thinpool.Pool, layout: Path, tmp_path
         (tmp_path / "new").write_text("new\n")
         pool.containers.copy_in(tmp_path / "new", "c", "/data/new")
         pool.images.commit("c", f"{address}/c/mine:3", message="more")
-        pool.images.push(f"{address}/c/mine:3")
+        assert pool.images.get(f"{address}/c/mine:3").digest is None
+        digest = pool.images.push(f"{address}/c/mine:3")
+        assert pool.images.get(f"{address}/c/mine@{digest}").digest == pool.images.push(f"{address}/c/mine:3") == digest
+        assert pool.images.inspect(f"{address}/c/mine:3")["RepoDigests"] == [f"{address}/c/mine@{digest}"]
         run("skopeo", "copy", "--src-tls-verify=false", f"docker://{address}/c/mine:3", f"oci:{tmp_path}/back:x")
         with pytest.raises(thinpool.RegistryError, match="MANIFEST_UNKNOWN"):
             pool.images.pull(f"{address}/no/such:1")

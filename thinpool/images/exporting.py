@@ -20,7 +20,7 @@ from ..filesystems.compression import decompressed
 from .blobs import Blob, copy, open_kept
 from .compressing import portable_compressor
 from .oci import LAYER_TAR, LAYER_ZSTD, MANIFEST, Descriptor, Manifest, digest_of, manifest_for
-from .store import ImageRecord, ImageStore, LayerArchives, blob_name
+from .store import ImageRecord, ImageStore, KnownManifest, LayerArchives, blob_name
 from .transfer import ImageTarget
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class Exporter:
         self._store = ImageStore(pool)
         self._done = self._total = 0
 
-    def send(self, record: ImageRecord, references: Sequence[str]) -> str:
-        """Sends an image under these names; the digest of its manifest. :meth:`ImageTarget.finish` is the caller's."""
+    def send(self, record: ImageRecord, references: Sequence[str]) -> KnownManifest:
+        """Sends an image under these names; the manifest that it has there. :meth:`ImageTarget.finish` is the caller's."""
         if self._target.accepts_uncompressed:
             manifest, media_type, layers = self._as_tars(record)
         else:
@@ -51,7 +51,7 @@ class Exporter:
             else:
                 self._advance(layer.size)
         self._target.put_image(manifest, media_type, record.config.encode(), [layer for layer, _ in layers], references)
-        return digest_of(manifest)
+        return KnownManifest(manifest.decode(), media_type, digest_of(manifest))
 
     def _counted(self, open_archive: Opener) -> BinaryIO:
         return cast(BinaryIO, _Counted(open_archive(), self._advance))

@@ -111,13 +111,14 @@ class Images:
         record = self._store.find(reference)
         known = credentials or credentials_for(name.domain)
         with closing(RegistryTarget(name, credentials=known, insecure=insecure)) as target:
-            digest = Exporter(self._pool, target, progress).send(record, [str(name)])
+            sent = Exporter(self._pool, target, progress).send(record, [str(name)])
             target.finish()
         with self._pool.atomically():
             record = self._store.find(reference)
-            self._store.put_image(replace(record, sources=tuple(sorted({*record.sources, name.name}))))
+            manifests = record.manifests if sent in record.manifests else (*record.manifests, sent)
+            self._store.put_image(replace(record, manifests=manifests, sources=tuple(sorted({*record.sources, name.name}))))
         self._pool.commit()
-        return digest
+        return sent.digest
 
     def save(self, references: Sequence[str], path: str | Path, *, form: Form = "docker-archive", progress: Progress | None = None) -> None:
         """Writes images to a file (or directory, for ``oci``) that does not exist yet. Raises ImageNotFound, PoolExists, BadReference."""

@@ -136,11 +136,11 @@ def test_a_server_killed_with_its_keeper_leaves_a_pool_that_opens(path: Path) ->
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
 def test_a_server_keeps_memory_for_few_threads(path: Path) -> None:
-    """Not the most that each of its threads ever needed: glibc gives them arenas of 64 MiB of addresses, used from the beginning on."""
+    """Not the most that each of its threads ever needed: glibc gives them arenas of 64 MiB of addresses (more where that is not enough)."""
     pool, pid = started_server(path)
-    layer = pool.create_layer("a", 8 << 20)
+    layer = pool.create_layer("a", "1M")
     with ThreadPoolExecutor(24) as threads:
-        list(threads.map(lambda at: layer.pread(8 << 20, 0)[at], range(96)))
+        list(threads.map(lambda at: layer.pread(64 << 10, 0)[at], range(480)))
     ranges = re.findall(r"^(\w+)-(\w+) rw-p 0+ 00:00 0 *\n(\w+)-(\w+) ---p", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE)
     pool.close()
     arenas = [start for start, end, behind, last in ranges if end == behind and int(last, 16) - int(start, 16) == 64 << 20]

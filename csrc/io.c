@@ -413,23 +413,18 @@ int tp_write_admitted(tp_layer *layer, const void *buf, uint64_t length, uint64_
   return rc;
 }
 
-int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
+static inline int write_waiting(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset, bool for_room) {
   if (layer->limits != NULL) limits_wait(layer, true, length);
   struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
   uint64_t end_ns = 0;
   int rc = layer_write(layer, buf, length, offset);
-  while (rc == TP_ENOSPC && room_wait(layer->pool, &end_ns)) rc = layer_write(layer, buf, length, offset);
+  while (for_room && rc == TP_ENOSPC && room_wait(layer->pool, &end_ns)) rc = layer_write(layer, buf, length, offset);
   metrics_end(&probe, length, rc);
   return rc;
 }
 
-int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) {
-  if (layer->limits != NULL) limits_wait(layer, true, length);
-  struct probe probe = metrics_begin(&layer->metrics, TP_WRITE, length);
-  int rc = layer_write(layer, buf, length, offset);
-  metrics_end(&probe, length, rc);
-  return rc;
-}
+int tp_write(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) { return write_waiting(layer, buf, length, offset, false); }
+int tp_write_patient(tp_layer *layer, const void *buf, uint64_t length, uint64_t offset) { return write_waiting(layer, buf, length, offset, true); }
 
 int tp_writev(tp_layer *layer, const tp_vec *vecs, uint64_t count) {
   for (uint64_t k = 0; k < count; k++) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,6 +30,7 @@ from thinpool.exports.keeping import keeper as keeper_program
 from thinpool.exports.keeping.link import KeeperLink
 from thinpool.server.client import RemotePool
 from thinpool.server.connect import connect, take_over
+from thinpool.server.survival import kept_pool
 from thinpool.server.transport import Transport
 from thinpool.trash import take_back, throw_away, thrown_away
 
@@ -255,6 +257,27 @@ def test_a_layer_that_a_client_was_told_it_has_is_there_after_a_kill(served: Ser
             assert name == "by-export-name" or last.endswith(struct.pack(">III", nbdworld.GO, 1, 0)), last
             served.kill()
         assert served.pool.layer(name).size == MIB
+
+
+def test_a_client_of_nbd_that_comes_to_a_pool_in_error_mode_reads(pool_path: Path, tmp_path: Path) -> None:
+    thinpool.Pool.create(pool_path).close()
+    with kept_pool(pool_path) as (pool, _):
+        pool.create_layer("disk", MIB).pwrite(b"a" * 4096, 0)
+        pool.serve_nbd(f"unix:{tmp_path}/nbd")
+        pool.commit()
+        pool.engine.fail()
+        assert pool.usage().mode == "error"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(20)
+            client.connect(f"{tmp_path}/nbd")
+            assert nbdworld.take(client, 18)[:8] == b"NBDMAGIC"
+            client.sendall(struct.pack(">I", 3) + nbdworld.option(nbdworld.EXPORT_NAME, b"disk"))
+            assert struct.unpack(">QH", nbdworld.take(client, 10))[0] == MIB
+            client.sendall(nbdworld.request(nbdworld.READ, 0, 4096))
+            assert nbdworld.simple_reply(client, 4096) == (0, b"a" * 4096)
+            client.sendall(nbdworld.request(nbdworld.WRITE, 0, 4096) + bytes(4096))
+            assert nbdworld.simple_reply(client)[0] == errno.EIO
+    wait_until(lambda: not (pool_path / "run/keeper.sock").exists())
 
 
 def test_a_layer_is_in_the_trash_or_is_not_whenever_the_server_is_killed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

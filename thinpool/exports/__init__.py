@@ -25,13 +25,13 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api import Attachment, Via
-from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolReadOnly, ToolFailed
+from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolFailed, PoolReadOnly, ToolFailed
 from .freezing import thaw
 from .fuse import NEEDS_ROOT, LayerTree, file_name
 from .keeping.link import KeeperLink, kernel_can_resend
@@ -156,7 +156,8 @@ class Uses:
             self._clients[layer.id] += 1
         try:
             if self._surviving:
-                self._pool.commit()  # as in _starting
+                with suppress(PoolFailed):  # in error mode reads go on
+                    self._pool.commit()  # as in _starting
             yield
         finally:
             with self._lock:

@@ -59,6 +59,17 @@ def test_old_ones_are_dropped_by_count_and_age(pool_path: Path, monkeypatch: pyt
     assert [path.name for path in backups(pool_path)] == names[:2:-1]
 
 
+def test_the_newest_is_kept_when_the_clock_was_set_back(pool_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Pool.create(pool_path).close()
+    monkeypatch.setattr(made, "COUNT_MAX", 2)
+    (first,) = backups(pool_path)
+    first.rename(ahead := first.with_name("20991231T235959.999999Z"))
+    age(ahead, -1e9)
+    Pool.open(pool_path).close()  # makes one that is due: from now on, not when the time of the other has come
+    new = make(pool_path)
+    assert [path.name for path in backups(pool_path)] == [new.name, "21000101T000000.000000Z"]
+
+
 def test_a_backup_of_a_pool_in_use_is_one_committed_state(tmp_path: Path) -> None:
     command = Command(tmp_path)
     with Pool.create(command.pool) as pool:

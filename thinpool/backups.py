@@ -11,6 +11,8 @@ import logging
 import shutil
 import threading
 import time
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +27,7 @@ COUNT_MAX = 8
 AGE_MAX_SECONDS = 30 * 86400.0
 _LOOK_SECONDS = 60.0
 _UNFINISHED = ".new"
+_TIME = "%Y%m%dT%H%M%S.%fZ"
 
 
 class Source(Protocol):
@@ -68,9 +71,13 @@ def _finished(directory: Path) -> list[Path]:
     return sorted((path for path in directory.iterdir() if path.suffix != _UNFINISHED), reverse=True) if directory.is_dir() else []
 
 
-def new_name() -> str:
-    """The name of a backup that is made now."""
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f".{time.time_ns() // 1000 % 10**6:06}Z"
+def new_name(pool: Path) -> str:
+    """The name of a backup that is made now. It sorts after those that there are, also when the clock was set back: the newest is what is kept."""
+    name = datetime.now(UTC).strftime(_TIME)
+    for newest in all_backups(pool)[:1]:
+        with suppress(ValueError):  # which is no name of ours
+            name = max(name, (datetime.strptime(newest.name, _TIME) + timedelta(microseconds=1)).strftime(_TIME))
+    return name
 
 
 def make_backup(store: Source, hold: str = "") -> Path:
@@ -79,11 +86,11 @@ def make_backup(store: Source, hold: str = "") -> Path:
     Raises OutOfSpace, DiskError.
     """
     pool = store.path.parent
-    directory, name = pool / (HELD_DIRECTORY if hold else DIRECTORY), hold or new_name()
+    directory, name = pool / (HELD_DIRECTORY if hold else DIRECTORY), hold or new_name(pool)
     directory.mkdir(mode=0o700, exist_ok=True)
     unfinished = directory / f"{name}{_UNFINISHED}"
+    unfinished.mkdir(mode=0o700)
     try:
-        unfinished.mkdir(mode=0o700)
         store.copy_to(unfinished)
         unfinished.rename(directory / name)
         for changed in (directory, pool):
@@ -123,7 +130,7 @@ def make_if_due(store: Source) -> None:
     try:
         made = backups(store.path.parent)
         interval = FIRST_INTERVAL_SECONDS if len(made) < FIRST_COUNT else INTERVAL_SECONDS
-        if not made or time.time() - made[0].stat().st_mtime > interval:
+        if not made or not 0 <= time.time() - made[0].stat().st_mtime <= interval:
             make_backup(store)
     except (ThinpoolError, OSError) as error:
         _LOG.warning("no metadata backup could be made: %s", error)

@@ -87,7 +87,7 @@ def _hold_layers(pool: Pool, backup: str) -> None:
 
 
 def _make_held(pool: Pool) -> Path:
-    making = _Making(pool, name := copies.new_name())
+    making = _Making(pool, name := copies.new_name(pool.path))
     with pool._committer.compacting:  # nothing moves from here on
         pool._store.use_features("holds")
         try:

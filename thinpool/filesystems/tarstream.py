@@ -38,14 +38,31 @@ class Member(tarfile.TarInfo):
     _stored_at: int | None = None  # where a sparse 1.0 member begins: with its map
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Member:
         try:
-            return cls._usual(bytes(buf)) or super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):  # type: ignore[attr-defined]
+            raise tarfile.ReadError("cut short: no end-of-archive marker") from None
         except tarfile.HeaderError as error:
-            what = f"damaged header ({error})" if len(buf) == tarfile.BLOCKSIZE else "cut short: no end-of-archive marker"
-            raise tarfile.ReadError(what) from None
+            raise tarfile.ReadError(f"damaged header ({error})") from None
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
+        return cls._usual(bytes(buf)) or cls._without_times(super().frombuf(buf, encoding, errors), buf, encoding, errors)
+
+    @classmethod
+    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Member:  # what tarfile calls in its place since 2025
+        return cls._usual(bytes(buf)) or cls._without_times(super()._frombuf(buf, encoding, errors, **options), buf, encoding, errors)  # type: ignore[misc]
+
+    @staticmethod
+    def _without_times(member: Member, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
+        """GNU tar has times where POSIX has the first part of a name; tarfile takes them for one."""
+        times = bytes(buf[345:500]).partition(b"\0")[0]
+        if times and buf[257:265] == tarfile.GNU_MAGIC and member.type not in tarfile.GNU_TYPES:
+            member.name = member.name.removeprefix(times.decode(encoding, errors) + "/")
+        return member
 
     @classmethod
     def _usual(cls, header: bytes) -> Member | None:

@@ -23,7 +23,7 @@ OFFSET_DATA, STATUS, ERROR_CHUNK = 1, 5, 32769
 
 
 def run(*command: str | Path, check: bool = True) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, errors="replace", check=False, timeout=60)
     assert done.returncode == 0 or not check, f"{command}: {done.stdout} {done.stderr}"
     return done.stdout + done.stderr
 

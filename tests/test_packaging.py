@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-import tarfile
 import venv
 from pathlib import Path
 
@@ -28,8 +28,7 @@ def run(*command: object, cwd: Path) -> str:
 def test_a_wheel_from_the_source_distribution(tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", tmp_path, ROOT, cwd=tmp_path)
     (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(archive, tmp_path)
     source = archive.with_name(archive.name.removesuffix(".tar.gz"))
     assert {"py.typed", "_core.pyi"} <= {path.name for path in (source / "thinpool").iterdir()}
 

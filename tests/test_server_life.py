@@ -121,6 +121,7 @@ def test_a_server_killed_with_its_keeper_leaves_a_pool_that_opens(path: Path) ->
     layer = pool.create_layer("a", "1M")
     layer.pwrite(b"kept", 0)
     layer.flush()
+    os.kill(pid, signal.SIGSTOP)  # or it would replace its keeper
     for victim in (*children(pid), pid):
         os.kill(victim, signal.SIGKILL)
     wait_until(lambda: not is_running(pid))

@@ -12,14 +12,17 @@ from .errors import LayerDeleted, LayerSealed, OutOfRange, PoolClosed
 class LayerFile(io.RawIOBase):
     """A layer as a file: reads, writes, seeks; its size is the layer's and does not change by writing."""
 
+    _writable = False  # also where it could not be opened: it is closed then, too
+
     def __init__(self, layer: LayerAPI, mode: str) -> None:
         super().__init__()
         if mode not in ("rb", "r+b", "rb+"):
             raise ValueError(f'a layer opens as "rb" or "r+b", not {mode!r}')
-        self._layer = layer
-        self._writable = "+" in mode
-        if self._writable and layer.sealed:
+        writable = "+" in mode
+        if writable and layer.sealed:
             raise LayerSealed(f"layer {layer.name} is sealed and never changes; clone it and write to the clone")
+        self._layer = layer
+        self._writable = writable
         self._position = 0
         self.name = layer.name
         self.mode = "rb+" if self._writable else "rb"

@@ -135,3 +135,19 @@ def _nothing_leaks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     while (left := _leftovers(root)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, f"left behind by the tests: {left}"
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An authority, and a server and a client that it vouches for."""
+    directory = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*words: object) -> None:
+        subprocess.run([str(word) for word in words], check=True, capture_output=True)
+
+    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    openssl(*new, "-subj", "/CN=authority", "-keyout", directory / "ca-key.pem", "-out", directory / "ca-cert.pem")
+    for name in ("server", "client"):
+        signed = ["-CA", directory / "ca-cert.pem", "-CAkey", directory / "ca-key.pem", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        openssl(*new, "-subj", "/CN=localhost", *signed, "-keyout", directory / f"{name}-key.pem", "-out", directory / f"{name}-cert.pem")
+    return directory

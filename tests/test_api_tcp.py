@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,14 +126,10 @@ def test_addresses_that_cannot_be(served: RemotePool, address: str) -> None:
 
 
 @needs_tool("openssl")
-def test_beyond_this_machine_it_is_tls(served: RemotePool, tmp_path: Path) -> None:
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
-         "subjectAltName=DNS:localhost", "-keyout", tmp_path / "server-key.pem", "-out", tmp_path / "server-cert.pem"], check=True, capture_output=True,
-    )  # fmt: skip
-    address = served.serve_http("0.0.0.0:0", certificates=tmp_path)
+def test_beyond_this_machine_it_is_tls(served: RemotePool, certificates: Path) -> None:
+    address = served.serve_http("0.0.0.0:0", certificates=certificates)
     port = int(address.rpartition(":")[2])
-    secure = http.client.HTTPSConnection("localhost", port, context=ssl.create_default_context(cafile=tmp_path / "server-cert.pem"))
+    secure = http.client.HTTPSConnection("localhost", port, context=ssl.create_default_context(cafile=certificates / "ca-cert.pem"))
     assert get(secure, "/v1/pool", token_of(served.path))[0] == 200
     secure.close()
     plain = http.client.HTTPConnection("localhost", port)

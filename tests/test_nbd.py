@@ -226,18 +226,6 @@ def test_flushed_writes_are_durable(pool_path: Path, tmp_path: Path) -> None:
 # --- TLS ---
 
 
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and a server and a client that it vouches for."""
-    directory = tmp_path_factory.mktemp("certificates")
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    run(*new, "-subj", "/CN=authority", "-keyout", directory / "ca-key.pem", "-out", directory / "ca-cert.pem")
-    for name in ("server", "client"):
-        signed = ["-CA", directory / "ca-cert.pem", "-CAkey", directory / "ca-key.pem", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        run(*new, "-subj", "/CN=localhost", *signed, "-keyout", directory / f"{name}-key.pem", "-out", directory / f"{name}-cert.pem")
-    return directory
-
-
 @pytest.mark.parametrize("verify_peer", [False, True])
 def test_over_tls(pool: thinpool.Pool, tmp_path: Path, certificates: Path, verify_peer: bool) -> None:
     world = World(pool, tmp_path, siblings=True)
@@ -285,8 +273,10 @@ def test_addresses_that_cannot_be(pool: thinpool.Pool, tmp_path: Path) -> None:
             pool.serve_nbd(address)
     (tmp_path / "server-cert.pem").write_text("x")
     (tmp_path / "server-key.pem").write_text("x")
-    with pytest.raises((thinpool.BadAddress, OSError)):
-        pool.serve_nbd("127.0.0.1:0", certificates=tmp_path)
+    (tmp_path / "keys").write_bytes(bytes(range(128, 256)))
+    for files in ({"certificates": tmp_path}, {"certificates": tmp_path / "nothing"}, {"keys": tmp_path / "keys"}, {"keys": tmp_path / "nothing"}):
+        with pytest.raises(thinpool.BadAddress):
+            pool.serve_nbd("127.0.0.1:0", **files)
     assert pool.nbd_addresses() == []
 
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -101,6 +102,27 @@ def mounted_ext4(served: Served, place: Path) -> None:
     subprocess.run(["mkfs.ext4", "-q", layer.attach().device], check=True)
     layer.detach()
     layer.mount(place)
+
+
+def test_certificates_that_are_gone_cost_nobody_a_file_system(served: Served, place: Path, certificates: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(certificates, tmp_path / "certificates")
+    plain = served.pool.serve_http("127.0.0.1:0")
+    secure = served.pool.serve_http("127.0.0.1:0", certificates=theirs)
+    nbd = served.pool.serve_nbd("127.0.0.1:0", certificates=theirs)
+    mounted_ext4(served, place)
+    (place / "file").write_text("kept")
+    theirs.rename(tmp_path / "elsewhere")
+    served.kill()
+    assert (place / "file").read_text() == "kept"
+    assert (served.pool.http_addresses(), served.pool.nbd_addresses()) == ([plain], [])
+    log = (served.path / "server.log").read_text()
+    assert f"HTTP is not served at {secure} any more: cannot use the TLS files in {theirs}" in log
+    assert f"NBD is not served at {nbd} any more: cannot use the TLS files in {theirs}" in log
+    for address in (secure, nbd):
+        host, _, port = address.rpartition(":")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)))
+    served.pool.layer("disk").unmount()
 
 
 def descriptors_of(pid: int) -> int:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api import Attachment, Via
-from ..errors import BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolFailed, PoolReadOnly, ToolFailed
+from ..errors import BadAddress, BadSize, LayerBusy, LayerState, NeedsRoot, PoolClosed, PoolFailed, PoolReadOnly, ToolFailed
 from .freezing import thaw
 from .fuse import NEEDS_ROOT, LayerTree, file_name
 from .keeping.link import KeeperLink, kernel_can_resend
@@ -249,8 +249,15 @@ class Uses:
             self._tree = LayerTree(self._pool, descriptors)
         self._adopt(saved.uses)
         for settings in saved.nbd:
-            if listener := keeper.kept(f"nbd:{settings.address}"):
-                self._nbd.adopt(settings.address, listener[0], _tls(settings))
+            if listener := keeper.kept(name := f"nbd:{settings.address}"):
+                try:
+                    context = _tls(settings)
+                except BadAddress as error:  # files that are gone or in disorder cost nobody a file system
+                    _LOG.error("NBD is not served at %s any more: %s", settings.address, error)
+                    keeper.drop(name)
+                    os.close(listener[0])
+                    continue
+                self._nbd.adopt(settings.address, listener[0], context)
                 self._nbd_settings.append(settings)
                 self._nbd_adopted.append(settings)
         self._write_register()

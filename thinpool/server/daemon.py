@@ -91,7 +91,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for listener in (*self._tcp.kept(), *self._tcp_at_first):
+        await self._tcp.go_on()
+        for listener in self._tcp_at_first:
             await self._tcp.serve(listener)
         _log.info("serving %s", self._pool.path, extra={"event": "serving", "fields": {"pool": str(self._pool.path)}})
         if self._on_ready is not None:

@@ -13,6 +13,7 @@ import functools
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import socket
@@ -34,6 +35,7 @@ from ..exports.nbd.tls import tls_context
 from .answers import refusal
 from .wire import TOKEN_NAME
 
+_log = logging.getLogger("thinpool.server")
 _KEEP_ALIVE_SECONDS = 75  # of a connection without a request: unlike a local client's, it keeps nothing alive
 _TOKEN_CHARACTERS_MIN = 16
 _KEPT_PREFIX = "tcp "
@@ -72,7 +74,7 @@ class Listener:
         return _KEPT_PREFIX + json.dumps({"address": self.address, "certificates": self.certificates, "verify_peer": self.verify_peer})
 
     def context(self) -> ssl.SSLContext | None:
-        """How to speak TLS on it. Raises BadAddress, OSError."""
+        """How to speak TLS on it. Raises BadAddress."""
         return tls_context(Path(self.certificates) if self.certificates else None, None, verify_peer=self.verify_peer)
 
 
@@ -137,13 +139,24 @@ class TcpListeners:
         """Where it listens."""
         return sorted(self._addresses)
 
-    def kept(self) -> list[Listener]:
-        """Those of the server before this one."""
+    def _kept(self) -> list[Listener]:
         names = [name for name in self._keeper.names() if name.startswith(_KEPT_PREFIX)]
         return [Listener(socket.socket(fileno=os.dup(self._keeper.kept(name)[0])), **json.loads(name.removeprefix(_KEPT_PREFIX))) for name in names]
 
+    async def go_on(self) -> None:
+        """Serves those of the server before this one, but for those whose files are gone or in disorder."""
+        for listener in self._kept():
+            try:
+                await self.serve(listener)
+            except (BadAddress, OSError) as error:
+                _log.error("HTTP is not served at %s any more: %s", listener.address, error)
+                for descriptor in self._keeper.kept(listener.name):
+                    os.close(descriptor)
+                self._keeper.drop(listener.name)
+                listener.bound.close()
+
     async def serve(self, listener: Listener) -> None:
-        """Serves it until the server stops, and with that the server stays."""
+        """Serves it until the server stops, and with that the server stays. Raises BadAddress, OSError."""
         context = listener.context()
         config = copy.copy(self._server.config)
         config.timeout_keep_alive = _KEEP_ALIVE_SECONDS

@@ -15,7 +15,7 @@ _PIECE_BYTES = 256 << 10
 
 def tls_context(certificates: Path | None, keys: Path | None, *, verify_peer: bool) -> ssl.SSLContext | None:
     """Of a directory with ``server-cert.pem``, ``server-key.pem`` and, to verify clients, ``ca-cert.pem``; or of a file of pre-shared keys,
-    a line ``user:hexadecimal`` each (Python 3.13 and later). ``None``: of neither. Raises BadAddress, OSError."""
+    a line ``user:hexadecimal`` each (Python 3.13 and later). ``None``: of neither. Raises BadAddress."""
     if certificates is None and keys is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -28,8 +28,9 @@ def tls_context(certificates: Path | None, keys: Path | None, *, verify_peer: bo
                 context.verify_mode = ssl.CERT_REQUIRED
         if keys is not None:
             _use_keys(context, keys)
-    except ssl.SSLError as error:
-        raise BadAddress(f"cannot use the TLS files in {certificates or keys}: {error.reason or error}") from error
+    except OSError as error:
+        reason = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+        raise BadAddress(f"cannot use the TLS files in {certificates or keys}: {reason or error}") from error
     return context
 
 
@@ -37,7 +38,7 @@ def _use_keys(context: ssl.SSLContext, file: Path) -> None:
     if not hasattr(context, "set_psk_server_callback"):
         raise BadAddress("pre-shared keys need Python 3.13 or later: use certificates")
     known = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         user, colon, key = line.strip().partition(":")
         if user and not user.startswith("#"):
             try:

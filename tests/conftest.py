@@ -146,8 +146,9 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run([str(word) for word in words], check=True, capture_output=True)
 
     new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    openssl(*new, "-subj", "/CN=authority", "-keyout", directory / "ca-key.pem", "-out", directory / "ca-cert.pem")
+    openssl(*new, "-subj", "/CN=authority", "-addext", "keyUsage=critical,keyCertSign", "-keyout", directory / "ca-key.pem", "-out", directory / "ca-cert.pem")
     for name in ("server", "client"):
-        signed = ["-CA", directory / "ca-cert.pem", "-CAkey", directory / "ca-key.pem", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        signed = ["-CA", directory / "ca-cert.pem", "-CAkey", directory / "ca-key.pem", "-addext", "basicConstraints=critical,CA:false"]
+        signed += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
         openssl(*new, "-subj", "/CN=localhost", *signed, "-keyout", directory / f"{name}-key.pem", "-out", directory / f"{name}-cert.pem")
     return directory

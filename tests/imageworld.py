@@ -64,7 +64,8 @@ def buildah_image(directory: Path, layers: int) -> Path:
     recipe = ["FROM scratch", "COPY bin /bin", *changes[: layers - 1], "ENV GREETING=hello", 'CMD ["sh"]']
     (context / "Containerfile").write_text("\n".join(recipe) + "\n")
     storage = ["--root", directory / "buildah", "--runroot", directory / "buildah-run", "--storage-driver", "vfs"]
-    run("buildah", *storage, "bud", "--isolation", "chroot", "--layers", "--format", "oci", "-t", "test", context)
+    limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"]  # or newer versions raise them, which not every root may
+    run("buildah", *storage, "bud", "--isolation", "chroot", *limits, "--layers", "--format", "oci", "-t", "test", context)
     run("buildah", *storage, "push", "test", f"oci:{layout}:test")
     return layout
 

@@ -52,4 +52,4 @@ def test_containerds_own_tests_pass(place: Path, killed: str) -> None:
     ended = re.findall(r"^    --- (\w+): TestSnapshotter/(\w+)", done.stdout, re.MULTILINE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(ended) == CASES
-    assert [name for result, name in ended if result != "PASS"] == ["Rename"]  # which skips itself
+    assert [one for one in ended if one[0] != "PASS"] in ([], [("SKIP", "Rename")])  # which containerd 1.6 skips

@@ -30,8 +30,9 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t tmpfs tmp /mnt
 mkdir /mnt/uml {host}
-mount -t hostfs -o {files} uml /mnt/uml
-mount -t hostfs -o {directory} host {host}
+hostfs() {{ mount -t hostfs -o "hostfs=$1" host "$2" 2>/dev/null || mount -t hostfs -o "$1" host "$2"; }}  # before Linux 6.11 it was the latter
+hostfs {files} /mnt/uml
+hostfs {directory} {host}
 (sleep {seconds}; busybox poweroff -f) &
 busybox ifconfig lo 127.0.0.1 up
 cd /mnt

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..api import PoolAPI
 from ..api import Via as ViaName
 from ..errors import LayerState
 from ..server.wire import LogFormat
@@ -99,34 +98,31 @@ def serve(
         print(token_of(path))
         return
 
-    def listen(p: PoolAPI) -> None:
-        for address in nbd or ():
-            print(p.serve_nbd(address, certificates=tls_certificates, keys=tls_keys, verify_peer=tls_verify_peer), flush=True)
-
     if not foreground:
         from ..server.client import RemotePool
         from ..server.connect import connect, take_over
 
         anew = takeover or verify_reads
         with closing(take_over(path, log_format, verify_reads=verify_reads) if anew else connect(path, server=True, log_format=log_format)) as remote:
-            listen(remote)
             assert isinstance(remote, RemotePool)
+            for address in nbd or ():
+                print(remote.serve_nbd(address, certificates=tls_certificates, keys=tls_keys, verify_peer=tls_verify_peer), flush=True)
             for address in http or ():
                 print(remote.serve_http(address, certificates=tls_certificates, verify_peer=tls_verify_peer), flush=True)
         return
     import logging
 
+    from ..server.daemon import Addresses
     from ..server.daemon import serve as serve_pool
     from ..server.logs import log_to
     from ..server.survival import kept_pool
-    from ..server.tcp import listener_at
 
     log_to(logging.StreamHandler(), log_format)
     listener = service.listener()
+    addresses = Addresses(nbd or (), http or (), tls_certificates, tls_keys, tls_verify_peer)
+    if takeover:
+        addresses.check()  # before the server that runs has left
     with kept_pool(path, takeover=takeover, verify_reads=verify_reads) as (opened_pool, keeper):
-        listen(opened_pool)
-        listeners = [listener_at(address, tls_certificates, verify_peer=tls_verify_peer) for address in http or ()]
-        for one in listeners:
-            print(one.address, flush=True)
+        listeners = addresses.listen(opened_pool, keeper, lambda address: print(address, flush=True))
         with snapshots_served(lambda: nullcontext(opened_pool), containerd) if containerd is not None else nullcontext():
             serve_pool(opened_pool, keeper, stays=True, listener=listener, tcp=listeners, on_ready=service.say_ready)

@@ -38,7 +38,7 @@ from .keeping.link import KeeperLink, kernel_can_resend
 from .keeping.takedown import backing_file, device_number, device_path, devices, is_nbd, remove_mountpoint, take_down_device, take_down_orphan
 from .loop import LoopDevice
 from .mounts import filesystem_of, mount_filesystem, unmount_filesystem
-from .nbd.server import NbdServer
+from .nbd.server import NbdServer, resolved
 from .nbd.tls import tls_context
 from .nbd_device import NbdDevice
 from .owners import Owners, process_identity
@@ -124,14 +124,19 @@ class Uses:
     def serve_nbd(self, address: str, *, certificates: str | Path | None = None, keys: str | Path | None = None, verify_peer: bool = False) -> str:
         """Serves all layers over NBD until :meth:`close`; where, as it is then (port 0: one that was free). See :mod:`.nbd.server`, :mod:`.nbd.tls`.
 
-        Raises BadAddress, OSError.
+        Raises BadAddress.
         """
         files = [None if path is None else os.path.abspath(path) for path in (certificates, keys)]
-        settings = SavedNbd(address, files[0], files[1], verify_peer)
-        if settings in self._nbd_adopted:  # a server that goes on with what it finds is told once more
-            self._nbd_adopted.remove(settings)
-            return address
-        bound = self._nbd.listen(address, _tls(settings))
+        name = resolved(address, has_tls=any(files))[2]
+        settings = SavedNbd(name, files[0], files[1], verify_peer)
+        context = _tls(settings)
+        for adopted in [one for one in self._nbd_adopted if one.address == name]:  # a server that goes on with what it finds is told once more
+            self._nbd.use(name, context)
+            self._nbd_adopted.remove(adopted)
+            self._nbd_settings[self._nbd_settings.index(adopted)] = settings
+            self._write_register()
+            return name
+        bound = self._nbd.listen(address, context)
         self._nbd_settings.append(replace(settings, address=bound))
         if self._keeper is not None and self._surviving:
             self._keeper.keep(f"nbd:{bound}", [self._nbd.descriptor(bound)])

@@ -19,16 +19,20 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
+from ..errors import BadAddress
 from ..exports.keeping.link import KeeperLink
+from ..exports.nbd.server import resolved
+from ..exports.nbd.tls import tls_context
 from ..pool import Pool
 from .app import create_app
 from .state import Gate
 from .survival import identity_of, leave
-from .tcp import Listener, TcpListeners
+from .tcp import Listener, TcpListeners, address_of, listener_at, token_of
 from .transport import socket_path
 from .wire import SOCKET_NAME
 
@@ -91,9 +95,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        await self._tcp.go_on()
         for listener in self._tcp_at_first:
             await self._tcp.serve(listener)
+        await self._tcp.go_on()
         _log.info("serving %s", self._pool.path, extra={"event": "serving", "fields": {"pool": str(self._pool.path)}})
         if self._on_ready is not None:
             self._on_ready()
@@ -144,6 +148,50 @@ def _bind(directory: Path) -> socket.socket:
         os.umask(mask)
         os.close(directory_fd)
     return sock
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server is reached besides its socket."""
+
+    nbd: Sequence[str]
+    http: Sequence[str]
+    certificates: Path | None
+    keys: Path | None
+    verify_peer: bool
+
+    def check(self) -> None:
+        """Raises BadAddress for what can be no address, or not with these files."""
+        tls_context(self.certificates, self.keys, verify_peer=self.verify_peer)
+        for address in self.nbd:
+            resolved(address, has_tls=self.certificates is not None or self.keys is not None)
+        for address in self.http:
+            address_of(address, self.certificates, verify_peer=self.verify_peer)
+
+    def listen(self, pool: Pool, keeper: KeeperLink, tell: Callable[[str], None]) -> list[Listener]:
+        """Serves NBD, and gives where HTTP is to be served, with the sockets that the server before had there. ``tell``: called with each address.
+
+        Raises BadAddress, unless something is attached: where one cannot listen that costs nobody a file system, and is logged.
+        """
+        found: list[Listener] = []
+
+        def serve_nbd(address: str) -> str:
+            return pool.serve_nbd(address, certificates=self.certificates, keys=self.keys, verify_peer=self.verify_peer)
+
+        def serve_http(address: str) -> str:
+            token_of(pool.path)
+            found.append(listener_at(address, self.certificates, verify_peer=self.verify_peer, keeper=keeper))
+            return found[-1].address
+
+        for name, serve_at, addresses in (("NBD", serve_nbd, self.nbd), ("HTTP", serve_http, self.http)):
+            for address in addresses:
+                try:
+                    tell(serve_at(address))
+                except (BadAddress, OSError) as error:
+                    if not pool.attachments():
+                        raise
+                    _log.error("%s is not served at %s: %s", name, address, error)
+        return found
 
 
 def serve(

@@ -56,7 +56,15 @@ def kept_pool(path: Path, *, takeover: bool = False, verify_reads: bool = False)
         except Exception:
             _LOG.exception("cannot go on with what the last server left")
             os._exit(1)  # and let the keeper try again, rather than take down what works
-        yield pool, keeper
+        try:
+            yield pool, keeper
+        except Exception:
+            if not pool.attachments():
+                raise
+            _LOG.exception("this server fails, and leaves what is attached to the next one")
+            with suppress(Exception):
+                pool.commit()
+            os._exit(1)
 
 
 def _limit_arenas() -> None:

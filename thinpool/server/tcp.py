@@ -19,7 +19,7 @@ import secrets
 import socket
 import ssl
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ import uvicorn
 
 from ..errors import BadAddress
 from ..exports.keeping.link import KeeperLink
-from ..exports.nbd.server import bind
+from ..exports.nbd.server import bind, resolved
 from ..exports.nbd.tls import tls_context
 from .answers import refusal
 from .wire import TOKEN_NAME
@@ -78,18 +78,38 @@ class Listener:
         return tls_context(Path(self.certificates) if self.certificates else None, None, verify_peer=self.verify_peer)
 
 
-def listener_at(address: str, certificates: Path | None, *, verify_peer: bool) -> Listener:
-    """Binds ``host:port`` (port 0: any that is free). Raises BadAddress, also without certificates beyond this machine."""
+def address_of(address: str, certificates: Path | None, *, verify_peer: bool) -> str:
+    """``host:port`` as a listener's address. Raises BadAddress where none can be there, also without certificates beyond this machine."""
     if "/" in address or address.startswith("unix:"):
         raise BadAddress(f"HTTP is served on the pool's Unix socket anyway: give host:port, not {address!r}")
     tls_context(certificates, None, verify_peer=verify_peer)
-    try:
-        bound, name = bind(address, has_tls=certificates is not None)
-    except BadAddress:
-        raise
-    except OSError as error:
-        raise BadAddress(f"cannot listen at {address}: {error.strerror or error}") from error
-    return Listener(bound, name, os.path.abspath(certificates) if certificates else None, verify_peer)
+    return resolved(address, has_tls=certificates is not None)[2]
+
+
+def listener_at(address: str, certificates: Path | None, *, verify_peer: bool, keeper: KeeperLink | None = None) -> Listener:
+    """Binds ``host:port`` (port 0: any that is free), or takes the socket that ``keeper`` has for it. Raises BadAddress."""
+    name = address_of(address, certificates, verify_peer=verify_peer)
+    files = os.path.abspath(certificates) if certificates else None
+    for kept in kept_listeners(keeper) if keeper is not None else ():
+        if kept.address == name:
+            assert keeper is not None
+            _forget(keeper, kept)
+            return Listener(kept.bound, name, files, verify_peer)
+        kept.bound.close()
+    bound, name = bind(address, has_tls=certificates is not None)
+    return Listener(bound, name, files, verify_peer)
+
+
+def kept_listeners(keeper: KeeperLink) -> Iterator[Listener]:
+    """Those of the server before this one."""
+    for name in [name for name in keeper.names() if name.startswith(_KEPT_PREFIX)]:
+        yield Listener(socket.socket(fileno=os.dup(keeper.kept(name)[0])), **json.loads(name.removeprefix(_KEPT_PREFIX)))
+
+
+def _forget(keeper: KeeperLink, listener: Listener) -> None:
+    for descriptor in keeper.kept(listener.name):
+        os.close(descriptor)
+    keeper.drop(listener.name)
 
 
 class Guard:
@@ -139,20 +159,17 @@ class TcpListeners:
         """Where it listens."""
         return sorted(self._addresses)
 
-    def _kept(self) -> list[Listener]:
-        names = [name for name in self._keeper.names() if name.startswith(_KEPT_PREFIX)]
-        return [Listener(socket.socket(fileno=os.dup(self._keeper.kept(name)[0])), **json.loads(name.removeprefix(_KEPT_PREFIX))) for name in names]
-
     async def go_on(self) -> None:
-        """Serves those of the server before this one, but for those whose files are gone or in disorder."""
-        for listener in self._kept():
+        """Serves those of the server before this one that are not served yet, but for those whose files are gone or in disorder."""
+        for listener in kept_listeners(self._keeper):
+            if listener.address in self._addresses:
+                listener.bound.close()
+                continue
             try:
                 await self.serve(listener)
             except (BadAddress, OSError) as error:
                 _log.error("HTTP is not served at %s any more: %s", listener.address, error)
-                for descriptor in self._keeper.kept(listener.name):
-                    os.close(descriptor)
-                self._keeper.drop(listener.name)
+                _forget(self._keeper, listener)
                 listener.bound.close()
 
     async def serve(self, listener: Listener) -> None:
@@ -163,6 +180,7 @@ class TcpListeners:
         config.loaded_app = Guard(config.loaded_app, token_of(self._directory), has_tls=context is not None)
         state = {"server_state": self._server.server_state, "app_state": self._server.lifespan.state}
         protocol = functools.partial(cast(Any, config.http_protocol_class), config=config, **state)
-        self._keeper.keep(listener.name, [listener.bound.fileno()])
+        if listener.name not in self._keeper.names():
+            self._keeper.keep(listener.name, [listener.bound.fileno()])
         self._server.servers.append(await asyncio.get_running_loop().create_server(protocol, sock=listener.bound, ssl=context))
         self._addresses.append(listener.address)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import BadAddress, ThinpoolError
 from .handshake import Agreed, Handshake, HangUp
@@ -35,6 +35,7 @@ class NbdServer:
         self._lock = threading.Lock()
         self._closed = False
         self._listeners: dict[str, socket.socket] = {}
+        self._contexts: dict[str, ssl.SSLContext | None] = {}
         self._connections: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
 
@@ -46,7 +47,7 @@ class NbdServer:
     def listen(self, address: str, context: ssl.SSLContext | None = None) -> str:
         """Listens at ``unix:/path`` (or a path), or at ``host:port`` (port 0: any that is free); the address as it is then.
 
-        With TLS a TCP client must use it; beyond this machine there is no listening without. Raises BadAddress, OSError.
+        With TLS a TCP client must use it; beyond this machine there is no listening without. Raises BadAddress.
         """
         listener, bound = bind(address, has_tls=context is not None)
         self._serve_at(bound, listener, context)
@@ -55,6 +56,10 @@ class NbdServer:
     def adopt(self, bound: str, descriptor: int, context: ssl.SSLContext | None) -> None:
         """Goes on listening where another process did."""
         self._serve_at(bound, socket.socket(fileno=os.dup(descriptor)), context)
+
+    def use(self, bound: str, context: ssl.SSLContext | None) -> None:
+        """From now on that is how TLS is spoken there."""
+        self._contexts[bound] = context
 
     def descriptor(self, bound: str) -> int:
         """That of the socket that listens there."""
@@ -65,8 +70,8 @@ class NbdServer:
             if self._closed:
                 listener.close()
                 raise BadAddress("the pool is closed")
-            self._listeners[bound] = listener
-        self._start(lambda: self._accept(listener, context))
+            self._listeners[bound], self._contexts[bound] = listener, context
+        self._start(lambda: self._accept(bound, listener))
 
     def close(self) -> None:
         """Ends all connections, and waits for their last requests."""
@@ -98,7 +103,7 @@ class NbdServer:
             self._threads.add(thread)
             thread.start()
 
-    def _accept(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+    def _accept(self, bound: str, listener: socket.socket) -> None:
         while not self._closed:
             try:
                 connection, _ = listener.accept()
@@ -113,7 +118,8 @@ class NbdServer:
             if listener.family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            self._start(lambda connection=connection: self._serve(connection, context))  # type: ignore[misc]
+            context = self._contexts[bound]
+            self._start(lambda connection=connection, context=context: self._serve(connection, context))  # type: ignore[misc]
 
     def _serve(self, connection: socket.socket, context: ssl.SSLContext | None) -> None:
         with connection:
@@ -168,37 +174,46 @@ class NbdServer:
             pumping.join()
 
 
-def bind(address: str, *, has_tls: bool) -> tuple[socket.socket, str]:
-    """A socket that listens at ``unix:/path`` or ``host:port``, and where that is. Raises BadAddress, OSError."""
+def resolved(address: str, *, has_tls: bool) -> tuple[int, Any, str]:
+    """Family, socket address and name of ``unix:/path`` (or a path) or ``host:port``. Raises BadAddress, also without TLS beyond this machine."""
     if "\0" in address:  # the kernel would take a socket's path to end there
         raise BadAddress(f"no address has a zero byte: {address!r}")
     if address.startswith(_UNIX_PREFIX) or "/" in address:
-        return _bind_unix(os.path.abspath(address.removeprefix(_UNIX_PREFIX)))
+        path = os.path.abspath(address.removeprefix(_UNIX_PREFIX))
+        return socket.AF_UNIX, path, f"{_UNIX_PREFIX}{path}"
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535 or not host:
         raise BadAddress(f"an address is host:port (or unix:/path for NBD), not {address!r}")
     try:
-        family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise BadAddress(f"cannot listen at {address}: {error.strerror}") from error
     if not has_tls and not _is_loopback(str(where[0])):
         raise BadAddress(f"{address} can be reached from other machines: give certificates or keys for TLS, or listen at 127.0.0.1")
-    listener = socket.socket(family, kind)
+    return family, where, f"{host}:{int(port)}"
+
+
+def bind(address: str, *, has_tls: bool) -> tuple[socket.socket, str]:
+    """A socket that listens there, and its name, with the port that it has. Raises BadAddress."""
+    family, where, name = resolved(address, has_tls=has_tls)
+    if family == socket.AF_UNIX:
+        return _bind_unix(where), name
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         listener.listen(_BACKLOG)
-    except BaseException:
+    except OSError as error:
         listener.close()
-        raise
-    return listener, f"{host}:{listener.getsockname()[1]}"
+        raise BadAddress(f"cannot listen at {address}: {error.strerror or error}") from error
+    return listener, f"{name.rpartition(':')[0]}:{listener.getsockname()[1]}"
 
 
 def _is_loopback(host: str) -> bool:
     return host == "::1" or host.startswith("127.")
 
 
-def _bind_unix(path: str) -> tuple[socket.socket, str]:
+def _bind_unix(path: str) -> socket.socket:
     """A socket that its owner alone may connect to; one that nobody listens at any more is replaced."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
@@ -216,7 +231,7 @@ def _bind_unix(path: str) -> tuple[socket.socket, str]:
         raise BadAddress(f"cannot listen at {path}: {error.strerror or error}") from error
     finally:
         os.umask(mask)
-    return listener, f"{_UNIX_PREFIX}{path}"
+    return listener
 
 
 def _is_dead(path: str) -> bool:

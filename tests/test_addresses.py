@@ -129,7 +129,7 @@ def test_one_that_others_have_is_an_error_or_costs_nobody_a_device(world: World,
             first.end(signal.SIGKILL)
             second = world.serve(option, address).started()
             assert [one.layer for one in pool.attachments()] == ["disk"]
-            assert f"is not served at {address}: cannot listen" in second.log.read_text()
+            assert f"is not served at {address} as told: cannot listen" in second.log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,6 @@ from conftest import needs_root, needs_tool
 
 import thinpool
 from thinpool.errors import LayerDeleted, ServerError
-from thinpool.exports.keeping import keeper as keeper_program
-from thinpool.exports.keeping.link import KeeperLink
 from thinpool.server.client import RemotePool
 from thinpool.server.connect import connect, take_over
 from thinpool.server.survival import kept_pool
@@ -502,37 +500,3 @@ def test_a_service_manager_gives_the_socket_and_is_told_when_it_serves(pool_path
             server.terminate()
             assert server.wait(30) == 0
         assert (pool_path / "server.sock").exists()  # it is the manager's
-
-
-def test_what_nobody_goes_on_with_is_taken_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keeper's program, watching a process that is killed, and that has no successor."""
-    monkeypatch.setattr(keeper_program, "SUCCESSOR_SECONDS", 0.2)
-    victim = subprocess.Popen(["sleep", "600"])
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    reading, writing = os.pipe()
-    keeper_program.send(ours, {"keep": "pipe"}, [writing])
-    os.close(writing)
-    victim.kill()
-    victim.wait()
-    keeper_program.Keeper(str(tmp_path), theirs, victim.pid).run()
-    assert not (tmp_path / "keeper.sock").exists()
-    ours.close()
-    os.close(reading)
-
-
-def test_a_successor_gets_what_was_kept_and_others_do_not(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first = KeeperLink(str(run))
-    try:
-        reading, writing = os.pipe()
-        first.keep("pipe", [reading, writing])
-        first.keep("other", [reading])
-        first.drop("other")
-        wait_until((run / "keeper.sock").exists)
-        assert KeeperLink.claim(str(run)) is None
-        first.survive(None, lambda: None)
-    finally:
-        first.close()
-    assert KeeperLink.claim(str(run)) is None
-    os.close(reading)
-    os.close(writing)

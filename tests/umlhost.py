@@ -30,7 +30,7 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t tmpfs tmp /mnt
 mkdir /mnt/uml {host}
-hostfs() {{ mount -t hostfs -o "hostfs=$1" host "$2" 2>/dev/null || mount -t hostfs -o "$1" host "$2"; }}  # before Linux 6.11 it was the latter
+hostfs() {{ mount -t hostfs -o "hostfs=$1" host "$2" 2>/dev/null || mount -t hostfs -o "$1" host "$2"; }}  # Linux 6.12, and 6.1
 hostfs {files} /mnt/uml
 hostfs {directory} {host}
 (sleep {seconds}; busybox poweroff -f) &

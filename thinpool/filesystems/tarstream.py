@@ -53,7 +53,7 @@ class Member(tarfile.TarInfo):
         return cls._usual(bytes(buf)) or cls._without_times(super().frombuf(buf, encoding, errors), buf, encoding, errors)
 
     @classmethod
-    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Member:  # what tarfile calls in its place since 2025
+    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Member:  # what later versions of tarfile call
         return cls._usual(bytes(buf)) or cls._without_times(super()._frombuf(buf, encoding, errors, **options), buf, encoding, errors)  # type: ignore[misc]
 
     @staticmethod

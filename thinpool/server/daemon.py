@@ -190,7 +190,7 @@ class Addresses:
                 except (BadAddress, OSError) as error:
                     if not pool.attachments():
                         raise
-                    _log.error("%s is not served at %s: %s", name, address, error)
+                    _log.error("%s is not served at %s as told: %s", name, address, error)  # it may be as it was told before
         return found
 
 

@@ -318,6 +318,10 @@ def test_a_client_that_goes_while_it_sends_is_no_failure(path: Path) -> None:
     assert "Traceback" not in (path / "server.log").read_text()
 
 
+# The pool's settings, the last answer on its connection: no request can go by that a moment before the other end closes it.
+POOL_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\nConnection: close\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
+
+
 @contextmanager
 def answering(directory: Path, *answers: bytes) -> Iterator[None]:
     """A server that gives these answers, one on each connection, and closes that."""
@@ -341,20 +345,18 @@ def answering(directory: Path, *answers: bytes) -> Iterator[None]:
 
 def test_an_answer_may_be_the_last_on_its_connection(tmp_path: Path) -> None:
     """As one is that a server gives while it leaves: the next request goes by another connection."""
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\nConnection: close\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
-    with answering(tmp_path, answer, answer), RemotePool(tmp_path) as pool:
+    with answering(tmp_path, POOL_ANSWER, POOL_ANSWER), RemotePool(tmp_path) as pool:
         pool.commit()
 
 
 def test_an_answer_in_lines_may_be_cut_off(tmp_path: Path) -> None:
     """Where its server was killed; with the last line it is whole."""
-    pool = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 33\r\n\r\n" + b'{"chunk_size": 4096, "pid": 4242}'
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/jsonl\r\nTransfer-Encoding: chunked\r\n\r\n"
     first, last = b'{"progress": [1, 2]}\n', b'{"result": null}\n'
     chunked = [b"%x\r\n%s\r\n" % (len(line), line) for line in (first, last)]
     whole = head + b"".join(chunked)
     cuts = range(len(head), len(whole))
-    with answering(tmp_path, pool, *(whole[:cut] for cut in cuts)), RemotePool(tmp_path) as remote:
+    with answering(tmp_path, POOL_ANSWER, *(whole[:cut] for cut in cuts)), RemotePool(tmp_path) as remote:
         for cut in cuts:
             seen: list[tuple[int, int]] = []
             complete = cut >= len(whole) - len("\r\n")

@@ -11,7 +11,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import applied
 import damagedpool
 import hypothesis
 import pytest
@@ -98,6 +100,16 @@ def pool(pool_path: Path) -> Iterator[thinpool.Pool]:
 def sound_pool(tmp_path_factory: pytest.TempPathFactory) -> damagedpool.World:
     """A pool with all kinds of records, of which each test damages a copy."""
     return damagedpool.build(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(params=["mounted", "ext4"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """Where layers are applied to."""
+    if request.param == "mounted":
+        yield applied.Mounted(tmp_path / "tree")
+    else:
+        with thinpool.Pool.create(tmp_path / "pool") as pool:
+            yield applied.InExt4(pool, tmp_path / "mounted")
 
 
 @pytest.fixture(params=["builtin", "crun", "runc"])

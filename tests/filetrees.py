@@ -59,6 +59,12 @@ def member(name: str, type: bytes = tarfile.REGTYPE, content: bytes = b"", pax: 
     return info, content
 
 
+def sparse(name: str, its_map: str, data: bytes = b"", realsize: int = 1 << 20, **pax: str) -> Made:
+    """A sparse file as PAX 1.0 has it: its map, then its data."""
+    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": str(realsize), **pax}
+    return member(f"GNUSparseFile.0/{name}", content=its_map.encode().ljust(512, b"\0") + data, pax=pax)
+
+
 def tar_of(members: Iterable[Made], format: int = tarfile.PAX_FORMAT) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:

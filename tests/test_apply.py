@@ -2,95 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import os
 import random
 import stat
-import subprocess
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from applied import InExt4, names, tree_of
 from conftest import needs_root, needs_tool
-from filetrees import Made, described, member, tar_of, umoci_unpack
+from filetrees import Made, described, member, sparse, tar_of, umoci_unpack
 
 import thinpool
 from thinpool.errors import ImportFailed, OutOfSpace
 from thinpool.filesystems.apply import apply_layer
-from thinpool.filesystems.blank import blank_layer
 from thinpool.filesystems.tree import MountedTree
 
 pytestmark = [needs_root(), needs_tool("umoci", "mkfs.ext4", "e2fsck")]
 
 DIR, LNK, SYM, CHR, BLK, FIFO = tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE
 CAPABILITY = b"\x01\x00\x00\x02\x00\x04\x00\x00" + bytes(11) + b"\xff"
-
-
-class Mounted:
-    """Layers applied to a directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        directory.mkdir()
-
-    abandons = False  # what was applied before a failure stays
-
-    def apply(self, layer: bytes, *, whiteouts: bool = True) -> None:
-        with MountedTree(self.directory) as tree:
-            apply_layer(io.BytesIO(layer), tree, whiteouts=whiteouts)
-
-    @contextmanager
-    def readable(self) -> Iterator[Path]:
-        yield self.directory
-
-
-class InExt4:
-    """Layers applied to an ext4 that is not mounted; the kernel, and e2fsck, say what came of it."""
-
-    abandons = True
-
-    def __init__(self, pool: thinpool.Pool, directory: Path, name: str = "tree") -> None:
-        self.directory = directory
-        directory.mkdir()
-        self.layer = blank_layer(pool, "ext4", 64 << 20).clone(name)
-
-    def apply(self, layer: bytes, *, whiteouts: bool = True) -> None:
-        ext4, ext4tree = pytest.importorskip("thinpool.filesystems.ext4"), pytest.importorskip("thinpool.filesystems.ext4tree")
-        with ext4.Ext4(self.layer, writable=True) as filesystem:
-            apply_layer(io.BytesIO(layer), ext4tree.Ext4Tree(filesystem), whiteouts=whiteouts)
-
-    @contextmanager
-    def readable(self) -> Iterator[Path]:
-        device = self.layer.attach().device
-        try:
-            checked = subprocess.run(["e2fsck", "-fn", device], capture_output=True, text=True, timeout=60, check=False)
-        finally:
-            self.layer.detach()
-        assert checked.returncode == 0, checked.stdout + checked.stderr
-        self.layer.mount(self.directory, read_only=True)
-        try:
-            yield self.directory
-        finally:
-            self.layer.unmount()
-
-
-def tree_of(target: Any) -> dict[str, dict[str, object]]:
-    with target.readable() as directory:
-        return described(directory, without=["lost+found"])
-
-
-@pytest.fixture(params=["mounted", "ext4"])
-def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    if request.param == "mounted":
-        yield Mounted(tmp_path / "tree")
-    else:
-        with thinpool.Pool.create(tmp_path / "pool") as pool:
-            yield InExt4(pool, tmp_path / "mounted")
 
 
 ROOT = member("./", DIR, mtime=999)
@@ -281,31 +216,6 @@ def test_random_stacks_are_what_a_plain_model_says(target: Any, seed: int) -> No
     assert tree_of(target) == model.described()
 
 
-def names(target: Any) -> set[str]:
-    return set(tree_of(target))
-
-
-def data_of(path: Path) -> tuple[int, list[tuple[int, bytes]]]:
-    """A file's size, and its data by offset, holes and zeros left out."""
-    found, end = [], 0
-    with open(path, "rb", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        while end < size:
-            try:
-                start = os.lseek(file.fileno(), end, os.SEEK_DATA)
-            except OSError:  # a hole until the end
-                break
-            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-            found.append((start, os.pread(file.fileno(), end - start, start)))
-    return size, found
-
-
-def sparse(name: str, its_map: str, data: bytes = b"", realsize: int = 1 << 20, **pax: str) -> Made:
-    """A sparse file as PAX 1.0 has it: its map, then its data."""
-    pax = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": name, "GNU.sparse.realsize": str(realsize), **pax}
-    return member(f"GNUSparseFile.0/{name}", content=its_map.encode().ljust(512, b"\0") + data, pax=pax)
-
-
 BASE = [
     member("way", SYM, linkname=".."),
     member("absolute", SYM, linkname="/tmp"),
@@ -390,81 +300,6 @@ def test_members_take_the_place_of_members_of_the_same_layer(target: Any) -> Non
     assert names(target) == {"", "a", "a/2", "b", "b/2"}
 
 
-def test_the_stream_is_read_to_its_end(target: Any) -> None:
-    stream = io.BytesIO(tar_of([member("a")]) + bytes(5 << 20))
-    with MountedTree(target.directory) as tree:
-        apply_layer(stream, tree, whiteouts=True)
-    assert stream.tell() == len(stream.getvalue())
-
-
-def oversized(name: str, type: bytes, size: int) -> bytes:
-    """A header that says, in base 256, so many bytes."""
-    header = bytearray(member(name, type)[0].tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
-    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
-    return bytes(header)
-
-
-@pytest.mark.parametrize("type", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, DIR])
-def test_sizes_below_zero_are_damage(target: Any, type: bytes) -> None:
-    with pytest.raises(ImportFailed, match="negative size"):
-        target.apply(tar_of([member("first")])[:512] + oversized("a", type, -512) + bytes(10240))
-
-
-def altered(info: tarfile.TarInfo, start: int, data: bytes) -> bytes:
-    """GNU's header of it, with these bytes in the place of its own."""
-    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    at = len(header) - tarfile.BLOCKSIZE
-    header[at + start : at + start + len(data)] = data
-    header[at + 148 : at + 156] = b" " * 8
-    header[at + 148 : at + 156] = b"%06o\0 " % sum(header[at:])
-    return bytes(header)
-
-
-def test_times_of_access_in_gnu_headers_are_no_part_of_the_name(target: Any) -> None:
-    plain, rare = member("file")[0], member("rare", uid=1 << 22)[0]  # whose number is in base 256
-    others = [member("fifo", FIFO)[0], member("directory", DIR)[0], member("long" * 50)[0], member("/absolute")[0]]
-    target.apply(b"".join(altered(info, 345, b"14263456701\0" * 2) for info in (plain, rare, *others)) + bytes(1024))
-    assert names(target) == {"", "file", "rare", "fifo", "directory", "long" * 50, "absolute"}
-
-
-def members_of(tar: bytes) -> bytes:
-    """Without the end of the archive."""
-    members = tar.rstrip(b"\0")
-    return members + bytes(-len(members) % tarfile.BLOCKSIZE)
-
-
-DAMAGED = {
-    "header": altered(member("own")[0], 0, b"own")[:300] + b"?" + altered(member("own")[0], 0, b"own")[301:],
-    "header behind a long name": altered(member("own" * 50)[0], 0, b"own")[:-300] + b"?" + altered(member("own" * 50)[0], 0, b"own")[-299:],
-    "number": altered(member("own")[0], 100, b"rw-r--r"),
-    "header of PAX": members_of(tar_of([member("own", pax={"comment": "x"})])).replace(b"13 comment=x", b"99 comment=x"),
-    "sparse file's map": members_of(tar_of([sparse("own", "-1\n")])),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGED)
-def test_damage_is_never_the_end(target: Any, what: str) -> None:
-    """tarfile takes some of it for that, some it reads as something; which, changes with its version."""
-    try:
-        target.apply(members_of(tar_of([member("first")])) + DAMAGED[what] + tar_of([member("last")]))
-    except ImportFailed:
-        return
-    assert "last" in names(target)
-
-
-@pytest.mark.parametrize("type", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_headers_without_bound_are_damage(target: Any, type: bytes) -> None:
-    with pytest.raises(ImportFailed, match="one of 1099511627776 bytes"):
-        target.apply(oversized("a", type, 1 << 40) + bytes(10240))
-
-
-def test_headers_within_headers_without_end_are_damage(target: Any) -> None:
-    long_name = tar_of([member("n" * 200)], format=tarfile.GNU_FORMAT)[:1024]
-    with pytest.raises(ImportFailed, match="damaged"):
-        target.apply(long_name * 3000 + tar_of([member("a")]))
-
-
 def test_bookkeeping_of_aufs_is_ignored(target: Any) -> None:
     target.apply(tar_of([member(".wh..wh.aufs"), member(".wh..wh.plnk", DIR), member(".wh..wh.plnk/76.2345", content=b"x"), member("etc/.wh..wh.orph", DIR)]))
     assert names(target) == {""}
@@ -498,26 +333,3 @@ def test_times_that_the_file_system_cannot_hold_become_the_nearest(tmp_path: Pat
 def test_no_room_is_told_with_the_member(target: Any) -> None:
     with pytest.raises(OutOfSpace, match="no room for large") if target.abandons else nullcontext():
         target.apply(tar_of([member("small", content=b"x"), member("large", content=bytes(range(256)) * (80 << 12))]))
-
-
-def test_xattrs_as_libarchive_writes_them(target: Any) -> None:
-    pax = {"LIBARCHIVE.xattr.user.a%20b": base64.b64encode(CAPABILITY).decode().rstrip("="), "LIBARCHIVE.xattr.user.c": "eA", "SCHILY.xattr.user.c": "y"}
-    target.apply(tar_of([member("file", pax=pax)]))
-    assert tree_of(target)["file"]["xattrs"] == {"user.a b": CAPABILITY, "user.c": b"y"}
-
-
-def test_sparse_files_larger_than_the_file_system_are_sparse_in_it(target: Any) -> None:
-    """As old GNU tar stores them, its size in base 256 since it is over 8 GiB; and in PAX 1.0 with the stored size in the PAX header."""
-    old, _ = member("old", tarfile.GNUTYPE_SPARSE)
-    header = bytearray(old.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"%011o\0" % 4096
-    header[386:410] = tarfile.itn(9 << 30, 12, tarfile.GNU_FORMAT) + b"%011o\0" % 4096  # type: ignore[attr-defined]
-    header[483:495] = tarfile.itn(10 << 30, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
-    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
-    new = sparse("new", "1\n1048576\n4096\n", b"b" * 4096, 2 << 20, size=str(512 + 4096))
-    made = tar_of([new, member("last", content=b"c")])
-    target.apply(bytes(header) + b"a" * 4096 + made)
-    with target.readable() as directory:
-        assert data_of(directory / "old") == (10 << 30, [(9 << 30, b"a" * 4096)])
-        assert data_of(directory / "new") == (2 << 20, [(1 << 20, b"b" * 4096)])
-        assert (directory / "last").read_bytes() == b"c"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +117,42 @@ def test_what_it_is_told_of_tls_counts(world: World, certificates: Path) -> None
         assert answers(web, nbd)
         assert (pool.http_addresses(), pool.nbd_addresses()) == ([web], [nbd])
         assert "not served" not in second.log.read_text() + third.log.read_text()
+
+
+def certificate_at(http_address: str) -> str:
+    host, _, port = http_address.rpartition(":")
+    return ssl.get_server_certificate((host, int(port)), timeout=30)
+
+
+def test_what_is_said_again_to_one_that_runs_counts_for_new_clients(world: World, certificates: Path, tmp_path: Path) -> None:
+    first = world.serve().started()
+    files = tmp_path / "tls"
+    files.mkdir()
+    with world.attach() as pool:
+        web, nbd = pool.serve_http("127.0.0.1:0"), pool.serve_nbd("127.0.0.1:0")
+        older = http.client.HTTPConnection(web, timeout=30)
+        for _ in range(2):
+            assert (pool.serve_http(web), pool.serve_nbd(nbd)) == (web, nbd)
+            assert answers(web, nbd)
+            older.request("GET", "/")
+            assert older.getresponse().read().startswith(b"<!doctype html>")
+        for name in ("server", "client"):  # with TLS; with renewed files
+            for part in ("cert", "key"):
+                shutil.copy(certificates / f"{name}-{part}.pem", files / f"server-{part}.pem")
+            assert (pool.serve_http(web, certificates=files), pool.serve_nbd(nbd, certificates=files)) == (web, nbd)
+            with pytest.raises(thinpool.BadAddress):
+                pool.serve_http(web, certificates=tmp_path / "nothing")
+            assert certificate_at(web) == (certificates / f"{name}-cert.pem").read_text()
+            assert run("nbdinfo", "--size", f"nbds://{nbd}/free?tls-certificates={certificates}") == "1048576\n"
+            with pytest.raises(AssertionError):
+                run("nbdinfo", "--size", f"nbd://{nbd}/free")
+        older.request("GET", "/")
+        assert older.getresponse().read().startswith(b"<!doctype html>")
+        older.close()
+        first.end(signal.SIGKILL)
+        world.serve().started()
+        assert certificate_at(web) == (certificates / "client-cert.pem").read_text()
+        assert (pool.http_addresses(), pool.nbd_addresses()) == ([web], [nbd])
 
 
 @pytest.mark.parametrize("option", ["--http", "--nbd"])

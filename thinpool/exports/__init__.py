@@ -95,7 +95,6 @@ class Uses:
         self._clients: Counter[int] = Counter()  # of NBD, by layer id
         self._nbd = NbdServer(pool, self._served)
         self._nbd_settings: list[SavedNbd] = []
-        self._nbd_adopted: list[SavedNbd] = []
 
     # --- what there is ---
 
@@ -124,16 +123,15 @@ class Uses:
     def serve_nbd(self, address: str, *, certificates: str | Path | None = None, keys: str | Path | None = None, verify_peer: bool = False) -> str:
         """Serves all layers over NBD until :meth:`close`; where, as it is then (port 0: one that was free). See :mod:`.nbd.server`, :mod:`.nbd.tls`.
 
-        Raises BadAddress.
+        Where it does already, new clients get TLS as it is told now, with the files as they are now. Raises BadAddress.
         """
         files = [None if path is None else os.path.abspath(path) for path in (certificates, keys)]
         name = resolved(address, has_tls=any(files))[2]
         settings = SavedNbd(name, files[0], files[1], verify_peer)
         context = _tls(settings)
-        for adopted in [one for one in self._nbd_adopted if one.address == name]:  # a server that goes on with what it finds is told once more
+        for served in [one for one in self._nbd_settings if one.address == name]:
             self._nbd.use(name, context)
-            self._nbd_adopted.remove(adopted)
-            self._nbd_settings[self._nbd_settings.index(adopted)] = settings
+            self._nbd_settings[self._nbd_settings.index(served)] = settings
             self._write_register()
             return name
         bound = self._nbd.listen(address, context)
@@ -264,7 +262,6 @@ class Uses:
                     continue
                 self._nbd.adopt(settings.address, listener[0], context)
                 self._nbd_settings.append(settings)
-                self._nbd_adopted.append(settings)
         self._write_register()
 
     def _adopt(self, saved: Sequence[SavedUse]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 
 from ..api import Attachment, Backup, Compacted, Healed, LayerAPI, Policy, PoolUsage, Progress
@@ -34,7 +33,6 @@ from .state import (
     TcpOf,
 )
 from .streams import event_lines, extent_lines, work_lines
-from .tcp import listener_at
 from .wire import API, Greeting, LayerRecord, records_of
 
 router = APIRouter(prefix=API, tags=["pool"], responses=failures(), generate_unique_id_function=operation_id)
@@ -163,10 +161,7 @@ def nbd_addresses(pool: PoolOf) -> list[str]:
 @router.post("/pool/http", responses=failures(404))
 async def serve_http(tcp: TcpOf, address: Name, certificates: OptionalPath = None, verify_peer: Flag = None) -> str:
     """Serves this interface over TCP too, to those who have the pool's token."""
-    where = None if certificates is None else pathlib.Path(certificates)
-    listener = await run_in_threadpool(listener_at, address, where, verify_peer=bool(verify_peer))
-    await tcp.serve(listener)
-    return listener.address
+    return await tcp.serve_at(address, None if certificates is None else pathlib.Path(certificates), verify_peer=bool(verify_peer))
 
 
 @router.get("/pool/http")

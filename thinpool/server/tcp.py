@@ -19,7 +19,7 @@ import secrets
 import socket
 import ssl
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import uvicorn
+from fastapi.concurrency import run_in_threadpool
 
 from ..errors import BadAddress
 from ..exports.keeping.link import KeeperLink
@@ -86,30 +87,24 @@ def address_of(address: str, certificates: Path | None, *, verify_peer: bool) ->
     return resolved(address, has_tls=certificates is not None)[2]
 
 
-def listener_at(address: str, certificates: Path | None, *, verify_peer: bool, keeper: KeeperLink | None = None) -> Listener:
-    """Binds ``host:port`` (port 0: any that is free), or takes the socket that ``keeper`` has for it. Raises BadAddress."""
+def listener_at(address: str, certificates: Path | None, *, verify_peer: bool, keeper: KeeperLink) -> Listener:
+    """Binds ``host:port`` (port 0: any that is free), or takes a duplicate of the socket that ``keeper`` has for it. Raises BadAddress."""
     name = address_of(address, certificates, verify_peer=verify_peer)
     files = os.path.abspath(certificates) if certificates else None
-    for kept in kept_listeners(keeper) if keeper is not None else ():
-        if kept.address == name:
-            assert keeper is not None
-            _forget(keeper, kept)
-            return Listener(kept.bound, name, files, verify_peer)
-        kept.bound.close()
+    for kept, its_address in _kept(keeper).items():
+        if its_address == name:
+            return Listener(_duplicate(keeper, kept), name, files, verify_peer)
     bound, name = bind(address, has_tls=certificates is not None)
     return Listener(bound, name, files, verify_peer)
 
 
-def kept_listeners(keeper: KeeperLink) -> Iterator[Listener]:
-    """Those of the server before this one."""
-    for name in [name for name in keeper.names() if name.startswith(_KEPT_PREFIX)]:
-        yield Listener(socket.socket(fileno=os.dup(keeper.kept(name)[0])), **json.loads(name.removeprefix(_KEPT_PREFIX)))
+def _kept(keeper: KeeperLink) -> dict[str, str]:
+    """The names of the listeners that it has, and their addresses."""
+    return {name: json.loads(name.removeprefix(_KEPT_PREFIX))["address"] for name in keeper.names() if name.startswith(_KEPT_PREFIX)}
 
 
-def _forget(keeper: KeeperLink, listener: Listener) -> None:
-    for descriptor in keeper.kept(listener.name):
-        os.close(descriptor)
-    keeper.drop(listener.name)
+def _duplicate(keeper: KeeperLink, kept: str) -> socket.socket:
+    return socket.socket(fileno=os.dup(keeper.kept(kept)[0]))
 
 
 class Guard:
@@ -153,34 +148,69 @@ class TcpListeners:
     def __init__(self, directory: Path, server: uvicorn.Server, keeper: KeeperLink) -> None:
         self._directory = directory
         self._server, self._keeper = server, keeper
-        self._addresses: list[str] = []
+        self._accepting: dict[str, asyncio.Server] = {}
+        self._told = asyncio.Lock()  # one address at a time
 
     def addresses(self) -> list[str]:
         """Where it listens."""
-        return sorted(self._addresses)
+        return sorted(self._accepting)
 
     async def go_on(self) -> None:
         """Serves those of the server before this one that are not served yet, but for those whose files are gone or in disorder."""
-        for listener in kept_listeners(self._keeper):
-            if listener.address in self._addresses:
-                listener.bound.close()
-                continue
-            try:
-                await self.serve(listener)
-            except (BadAddress, OSError) as error:
-                _log.error("HTTP is not served at %s any more: %s", listener.address, error)
-                _forget(self._keeper, listener)
-                listener.bound.close()
+        async with self._told:
+            for kept, address in _kept(self._keeper).items():
+                if address in self._accepting:
+                    continue
+                try:
+                    await self._serve(Listener(_duplicate(self._keeper, kept), **json.loads(kept.removeprefix(_KEPT_PREFIX))))
+                except (BadAddress, OSError) as error:
+                    _log.error("HTTP is not served at %s any more: %s", address, error)
+                    self._forget(kept)
+
+    async def serve_at(self, address: str, certificates: Path | None, *, verify_peer: bool) -> str:
+        """Serves at ``host:port``; where, as it is then (port 0: one that was free). Raises BadAddress, OSError."""
+        async with self._told:
+            listener = await run_in_threadpool(listener_at, address, certificates, verify_peer=verify_peer, keeper=self._keeper)
+            await self._serve(listener)
+            return listener.address
 
     async def serve(self, listener: Listener) -> None:
-        """Serves it until the server stops, and with that the server stays. Raises BadAddress, OSError."""
-        context = listener.context()
-        config = copy.copy(self._server.config)
-        config.timeout_keep_alive = _KEEP_ALIVE_SECONDS
-        config.loaded_app = Guard(config.loaded_app, token_of(self._directory), has_tls=context is not None)
-        state = {"server_state": self._server.server_state, "app_state": self._server.lifespan.state}
-        protocol = functools.partial(cast(Any, config.http_protocol_class), config=config, **state)
-        if listener.name not in self._keeper.names():
-            self._keeper.keep(listener.name, [listener.bound.fileno()])
-        self._server.servers.append(await asyncio.get_running_loop().create_server(protocol, sock=listener.bound, ssl=context))
-        self._addresses.append(listener.address)
+        """Serves it until the server stops, and with that the server stays. Raises BadAddress, OSError.
+
+        Where it does already, new clients get TLS as this listener has it, with the files as they are now.
+        """
+        async with self._told:
+            await self._serve(listener)
+
+    async def _serve(self, listener: Listener) -> None:
+        try:
+            context = listener.context()
+            config = copy.copy(self._server.config)
+            config.timeout_keep_alive = _KEEP_ALIVE_SECONDS
+            config.loaded_app = Guard(config.loaded_app, token_of(self._directory), has_tls=context is not None)
+            state = {"server_state": self._server.server_state, "app_state": self._server.lifespan.state}
+            protocol = functools.partial(cast(Any, config.http_protocol_class), config=config, **state)
+            accepting = await asyncio.get_running_loop().create_server(protocol, sock=listener.bound, ssl=context)
+        except BaseException:
+            listener.bound.close()
+            raise
+        self._server.servers.append(accepting)
+        before, self._accepting[listener.address] = self._accepting.get(listener.address), accepting
+        if before is not None:
+            self._server.servers.remove(before)
+            before.close()  # connections that there are stay
+        self._keep(listener)
+
+    def _keep(self, listener: Listener) -> None:
+        """For a successor, in place of what was kept for its address."""
+        kept = [name for name, address in _kept(self._keeper).items() if address == listener.address]
+        if listener.name not in kept:
+            self._keeper.keep(listener.name, [os.dup(listener.bound.fileno())])
+        for name in set(kept) - {listener.name}:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        descriptors = self._keeper.kept(name)
+        self._keeper.drop(name)
+        for descriptor in descriptors:
+            os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Runs the fault script on a real pool, again and again, under tests/faults/failing_calls.c; started by test_fault_injection.py.
+"""Runs the fault script on a real pool, again and again, under tests/preload/failing_calls.c; started by test_fault_injection.py.
 
 Arguments: a directory, an errno, and whether all calls fail from the n-th on. Prints the calls that failed, one a run.
 """

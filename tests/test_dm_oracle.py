@@ -23,7 +23,7 @@ from powerload import LAYER_BYTES, Step
 
 import thinpool
 
-pytestmark = [in_guest("loop", "dm-thin-pool"), needs_tool("linux.uml", "busybox", "losetup")]
+pytestmark = [in_guest("loop", "dm-thin-pool"), needs_tool("linux.uml", "gcc", "busybox", "losetup")]
 
 SEEDS = 2
 STEPS = 400

@@ -17,6 +17,7 @@ from typing import Any
 
 import faultscript
 import invariants
+import preloads
 import pytest
 from conftest import needs_tool
 from crashworld import Disk, Records, World
@@ -170,10 +171,7 @@ def test_each_call_to_disk_and_store_fails_once(tmp_path: Path, fault: int, late
 @pytest.fixture(scope="session")
 def failing_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library that makes them fail."""
-    library = tmp_path_factory.mktemp("faults") / "failing_calls.so"
-    source = Path(__file__).with_name("faults") / "failing_calls.c"
-    subprocess.run(["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
-    return library
+    return preloads.build("failing_calls", tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture

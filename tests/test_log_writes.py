@@ -22,7 +22,7 @@ import writelog
 from conftest import needs_root, needs_tool
 from powerdisk import format_with_pool, mounted
 
-pytestmark = [needs_root(), needs_tool("linux.uml", "busybox", "dmsetup", "mkfs.ext4", "e2fsck", "mount")]
+pytestmark = [needs_root(), needs_tool("linux.uml", "gcc", "busybox", "dmsetup", "mkfs.ext4", "e2fsck", "mount")]
 
 ROOT = Path(__file__).parent.parent
 SEED = 1

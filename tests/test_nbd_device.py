@@ -18,7 +18,7 @@ import thinpool.exports.nbd_device
 from thinpool.exports.keeping.takedown import devices
 from thinpool.server.connect import connect
 
-pytestmark = [in_guest("nbd"), needs_tool("linux.uml", "busybox", "mkfs.ext4", "e2fsck", "fio", "blkdiscard")]
+pytestmark = [in_guest("nbd"), needs_tool("linux.uml", "gcc", "busybox", "mkfs.ext4", "e2fsck", "fio", "blkdiscard")]
 MIB = 1 << 20
 
 

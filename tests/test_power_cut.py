@@ -19,7 +19,7 @@ import umlhost
 from conftest import needs_root, needs_tool
 from powerdisk import format_with_pool, mounted
 
-pytestmark = [needs_root(), needs_tool("linux.uml", "busybox", "mkfs.ext4", "e2fsck", "mount")]
+pytestmark = [needs_root(), needs_tool("linux.uml", "gcc", "busybox", "mkfs.ext4", "e2fsck", "mount")]
 
 ROOT = Path(__file__).parent.parent
 NO_END = 1_000_000_000

@@ -21,7 +21,7 @@ from test_full_disk import (  # noqa: F401 - the same, on other disks
     test_the_trash_goes_before_a_writer_is_refused_and_full_is_told,
 )
 
-pytestmark = [needs_root(), needs_tool("linux.uml", "busybox", "mkfs.xfs", "xfs_quota"), in_guest("loop")]
+pytestmark = [needs_root(), needs_tool("linux.uml", "gcc", "busybox", "mkfs.xfs", "xfs_quota"), in_guest("loop")]
 
 LIMITED = 12345  # a project, or a user
 

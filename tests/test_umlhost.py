@@ -7,7 +7,7 @@ from pathlib import Path
 import umlhost
 from conftest import needs_tool
 
-pytestmark = needs_tool("linux.uml", "busybox")
+pytestmark = needs_tool("linux.uml", "gcc", "busybox")
 
 
 def test_a_script_runs_as_root_of_another_kernel_and_gives_its_status_and_output(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import preloads
+
 HOST = "/mnt/host"
 _MODULES = Path("/usr/lib/uml/modules")
 _BOOT_SECONDS = 60.0
@@ -77,9 +79,12 @@ def run(
         (files / "init").write_text(_INIT.format(**words, modules=shlex.join(_with_needed(modules))))
         (files / "init").chmod(0o755)
         kernel = f"linux.uml mem={memory} rootfstype=hostfs rootflags=/ ro quiet init={place}/init con=null con0=null,fd:1 uml_dir={place} umid=guest"
+        environment = {**os.environ, "LD_PRELOAD": str(preloads.build("uml_ptrace", files))}
         ubds = [f"ubd{number}={disk}" for number, disk in enumerate(disks)]
         with (files / "console").open("wb") as console:
-            guest = subprocess.Popen([*kernel.split(), *ubds], stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True)
+            guest = subprocess.Popen(
+                [*kernel.split(), *ubds], env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
+            )
             try:
                 _wait(guest, seconds + _BOOT_SECONDS, cut)
             finally:

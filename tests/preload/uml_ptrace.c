@@ -1,9 +1,8 @@
 /* uml_ptrace.c - a library to preload (ld.so(8)): ptrace(2) for user-mode Linux on processors whose floating point state is larger than it knows (AMX).
  *
- * It reads and writes the first 2.7 KiB of its processes' state. The host's kernel takes a state only as a whole, so that there the first process
- * ended with "ptrace set fp regs failed, errno = 14" and the guest with it (um got a buffer of the right size in Linux 6.13). Loaded in front of the C
- * library (LD_PRELOAD), this writes what it was given into the process's whole state. What lies behind belongs to instructions that a process must ask the
- * host for first, which none does.
+ * It reads and writes the first 2.7 KiB of its processes' state. The host's kernel takes a state only as a whole, so that there the first process ends with
+ * "ptrace set fp regs failed, errno = 14" and the guest with it. Loaded in front of the C library, this writes what it was given into the process's whole
+ * state. What lies behind belongs to instructions that a process must ask the host for first, which none does.
  */
 #define _GNU_SOURCE 1
 #include <dlfcn.h>

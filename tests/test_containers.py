@@ -116,6 +116,21 @@ def test_entrypoint_and_default_command(loaded: thinpool.Pool, capfd: pytest.Cap
     assert run_container(loaded, "test:1", ["/bin/echo"], user="nobody-here", remove=True) == 126
 
 
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("server", [False, True])
+def test_a_relative_path_leads_to_the_pool_from_elsewhere_too(
+    loaded: thinpool.Pool, server: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loaded.close()
+    monkeypatch.chdir(loaded.path.parent)
+    with thinpool.connect(loaded.path.name, server=server) as pool:
+        assert run_container(pool, "test:1", ["/bin/echo", "here"], remove=True) == 0
+        monkeypatch.chdir("/")
+        assert run_container(pool, "test:1", ["/bin/echo", "elsewhere"], remove=True) == 0
+        pool.make_backup()
+    assert capfd.readouterr().out == "here\nelsewhere\n"
+
+
 def test_copies_run_at_once(loaded: thinpool.Pool, runtime: str) -> None:
     before = [layer.name for layer in loaded.layers()]
     script = f"""

@@ -31,10 +31,10 @@ class PoolFiles:
     """Paths and descriptors of one pool's directory."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.data = path / "data"
-        self.meta = path / "meta"
-        self.healing = path / "healing"
+        self.path = Path(os.path.abspath(path))  # for a process that goes elsewhere, and for programs that run there
+        self.data = self.path / "data"
+        self.meta = self.path / "meta"
+        self.healing = self.path / "healing"
         self.data_fd = -1
         self.lock_fd = -1
 

@@ -45,7 +45,7 @@ class RemotePool:
     """The pool in ``path``, through its server; a context manager. Raises :class:`ServerError` where none answers."""
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+        self._path = Path(os.path.abspath(path))
         self._transport = Transport(self._path)
         try:
             greeting = self._transport.json("GET", "/pool")

@@ -231,6 +231,20 @@ def test_no_space_has_its_code(command: Command) -> None:
     assert command.json("ls") == []
 
 
+def test_paths_that_are_not_utf8(command: Command) -> None:
+    """The metadata store and the server's interface know no others; the host does."""
+    odd = os.fsdecode(b"\xff")
+    code, line = command.fails("init", "--pool", odd)
+    assert (code, line.partition(":")[2][:12]) == (2, " cannot be p") and not (command.directory / odd).exists()
+    command("create", "a", "1M")
+    command("export", "a", odd)
+    assert (command.directory / odd).stat().st_size == MIB
+    command("serve", "--nbd", "./sock")
+    assert command.fails("export", "a", odd + "2")[0] == 2
+    assert command.json("ls")[0]["name"] == "a"
+    os.kill(int((command.pool / "lock").read_text()), signal.SIGTERM)
+
+
 def test_damage_has_its_code(command: Command) -> None:
     with thinpool.Pool.open(command.pool) as pool:
         pool.create_layer("a", "1M").pwrite(random.Random(3).randbytes(MIB), 0)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,16 @@ def test_entrypoint_and_default_command(loaded: thinpool.Pool, capfd: pytest.Cap
     assert loaded.containers.create("test:1", name="d", command=["/bin/echo", "mine"]).command == ("/bin/echo", "mine")
     assert start_container(loaded, "d") == 0 and capfd.readouterr().out == "mine\n"
     assert run_container(loaded, "test:1", ["/bin/echo"], user="nobody-here", remove=True) == 126
+
+
+def test_words_that_are_not_utf8(loaded: thinpool.Pool, runtime: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    odd = os.fsdecode(b"\xff")
+    with nullcontext() if runtime == "builtin" else pytest.raises(UnicodeEncodeError):
+        run_container(loaded, "test:1", ["/bin/echo", odd], remove=True)
+    with nullcontext() if runtime == "builtin" else pytest.raises(UnicodeEncodeError):
+        run_container(loaded, "test:1", ["/bin/busybox", "sh", "-c", "echo $A"], environment={"A": odd}, remove=True)
+    assert capfdbinary.readouterr().out == (b"\xff\n\xff\n" if runtime == "builtin" else b"")
+    assert loaded.containers.list() == []
 
 
 @pytest.mark.usefixtures("runtime")

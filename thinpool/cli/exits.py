@@ -5,7 +5,7 @@ code  meaning
 ====  ==========================================================================
 0     done
 1     failed, for a reason without a code of its own
-2     used wrongly: an unknown option, a size, a name, an image's name or an address that cannot be
+2     used wrongly: an unknown option, a size, a name, an image's name or an address that cannot be, what must be UTF-8 and is not
 3     not found: the pool, the layer, the image, the container, a file
 4     in the way: exists already, busy, needed by a container, sealed, the wrong kind of layer
 5     no space: the pool's capacity, a layer's quota, or the host's disk
@@ -32,6 +32,7 @@ _CODES: list[tuple[type[BaseException], int]] = [
     (errors.BadAddress, USAGE),
     (errors.OutOfRange, USAGE),
     (errors.BadReference, USAGE),
+    (UnicodeEncodeError, USAGE),
     (errors.ImageNotFound, NOT_FOUND),
     (errors.ContainerNotFound, NOT_FOUND),
     (errors.BackupNotFound, NOT_FOUND),
@@ -68,13 +69,15 @@ def code_of(error: BaseException) -> int:
 
 def is_expected(error: BaseException) -> bool:
     """Whether its message is all that there is to say; otherwise it is a bug of ours."""
-    return isinstance(error, (errors.ThinpoolError, OSError))
+    return isinstance(error, (errors.ThinpoolError, OSError, UnicodeEncodeError))
 
 
 def message_of(error: BaseException) -> str:
     """One line for people."""
     if isinstance(error, OSError) and not isinstance(error, errors.ThinpoolError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, UnicodeEncodeError):  # of a name or a path, which Python has from bytes that are not UTF-8; or of what the terminal cannot show
+        return f"cannot be put into {error.encoding.upper()}: {error.object!r}"
     text = " ".join(str(error).split())
     if is_expected(error):
         return text

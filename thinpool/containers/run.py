@@ -153,6 +153,8 @@ def _run_in(pool: PoolAPI, container: Container, settings: Settings, *, prefix: 
         runtime = find_runtime(settings.runtime)
         if runtime is None:
             return _spawn(task, prefix)
+        for word in (*command, *environment, *environment.values(), workdir, task["user"]):
+            word.encode()  # its configuration is JSON
         place = bundle_directory(pool, directory)
         owner = process_identity(os.getpid()) or ""
         terminal = not prefix and os.isatty(0) and os.isatty(1)

@@ -90,7 +90,7 @@ class Transport:
 
     def json(self, method: str, route: str, body: Any = None, **query: Any) -> Any:
         """The answer's JSON value to a request with a JSON body (``None``: no body)."""
-        encoded = None if body is None else json.dumps(body).encode()
+        encoded = None if body is None else _encoded(body)
         return json.loads(self._ask(method, route, encoded, "application/json", query))
 
     def commit(self) -> None:
@@ -108,7 +108,7 @@ class Transport:
         The request is sent at the first item. An iterator that is dropped before its end closes its connection, by
         which the server knows to end the work.
         """
-        encoded = None if body is None else json.dumps(body).encode()
+        encoded = None if body is None else _encoded(body)
         connection, response = self._send(method, route, encoded, "application/json", query)
         self._note_state(response, changes=method != "GET")
         ended = reusable = False
@@ -214,6 +214,11 @@ class Transport:
 
     def _gone(self, error: Exception) -> ServerError:
         return ServerError(f"the server of the pool {self._directory} cannot be reached or went away ({error}): connect again")
+
+
+def _encoded(body: Any) -> bytes:
+    """Raises UnicodeEncodeError for a path that is not UTF-8, which JSON cannot tell the server."""
+    return json.dumps(body, ensure_ascii=False).encode()
 
 
 def _ends_here(response: http.client.HTTPResponse) -> bool:

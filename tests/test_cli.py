@@ -245,6 +245,18 @@ def test_paths_that_are_not_utf8(command: Command) -> None:
     os.kill(int((command.pool / "lock").read_text()), signal.SIGTERM)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_files_of_the_pool(command: Command, closed: str) -> None:
+    for words in (["create", "a", "1M"], ["ls"], ["rm", "nope"], ["check"]):
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {closed}', "sh", *command.words(*words)], env=command.environment, capture_output=True, timeout=60, check=False
+        )
+        assert done.returncode == (3 if words[0] == "rm" else 0)
+        assert b"internal error" not in done.stderr
+    assert (command.pool / "data").read_bytes() == b""
+    assert [layer["name"] for layer in command.json("ls")] == ["a"]
+
+
 def test_damage_has_its_code(command: Command) -> None:
     with thinpool.Pool.open(command.pool) as pool:
         pool.create_layer("a", "1M").pwrite(random.Random(3).randbytes(MIB), 0)

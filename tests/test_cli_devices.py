@@ -70,6 +70,22 @@ def test_a_device_outlives_the_verb(command: Command) -> None:
     subprocess.run(["e2fsck", "-fn", command.directory / "disk.img"], check=True, capture_output=True)
 
 
+def test_devices_and_mountpoints_have_many_names(command: Command) -> None:
+    here = command.directory
+    command("create", "disk", "64M")
+    (here / "device").symlink_to(command("attach", "disk").strip())
+    subprocess.run(["mkfs.ext4", "-q", here / "device"], check=True)
+    command("detach", "./device")
+    (here / "real/mnt").mkdir(parents=True)
+    (here / "link").symlink_to("real")
+    for given in ("real/mnt", "link/mnt/", "link/../real/./mnt", here / "link/mnt"):
+        command("mount", "disk", "link/mnt")
+        command("umount", given)
+    gone = ["sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; "$@" attach disk && "$@" detach disk', "sh", *command.words()]
+    subprocess.run(gone, env=command.environment, cwd=here, check=True, capture_output=True)
+    assert command.json("ps") == []
+
+
 def test_attach_says_more_to_programs(command: Command) -> None:
     command("create", "disk", "64M")
     attached = command.json("attach", "disk", "--sector-size", "4096")

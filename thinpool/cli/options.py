@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -84,9 +85,12 @@ def parse_labels(given: list[str] | None) -> dict[str, str] | None:
 
 def attached(pool: PoolAPI, given: str) -> tuple[LayerAPI, Attachment | None]:
     """The layer that a name, a device or a mountpoint stands for, and its attachment. Raises LayerNotFound."""
-    absolute = str(Path(given).absolute())
+    try:
+        place = os.path.realpath(given)
+    except OSError:  # the working directory is gone
+        place = given
     for attachment in pool.attachments():
-        if given == attachment.layer or absolute in (attachment.device, attachment.mountpoint):
+        if given == attachment.layer or place in (attachment.device, attachment.mountpoint):
             return pool.layer(attachment.layer), attachment
     try:
         return pool.layer(given), None

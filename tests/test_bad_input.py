@@ -285,6 +285,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @needs_root()
 @needs_tool("mkfs.ext4")
+def test_a_read_only_host_disk(small_disk: Path, tmp_path: Path) -> None:
+    """As the kernel makes one after a fault, here in the middle of work: what was committed can still be had."""
+    with Pool.create(small_disk / "pool") as pool:
+        pool.create_layer("a", MIB).pwrite(b"x" * 4096, 8192)
+    left = "import os, sys, thinpool; pool = thinpool.Pool.open(sys.argv[1]); pool.create_layer('b', '1M').pwrite(b'y', 0); pool.commit(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", left, small_disk / "pool"], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with thinpool.connect(small_disk / "pool") as pool:
+        assert sorted(layer.name for layer in pool.layers()) == ["a", "b"]
+        pool.layer("a").export_raw(tmp_path / "a.img")
+        assert (tmp_path / "a.img").read_bytes()[8192:12288] == b"x" * 4096
+        assert pool.layer("b").pread(1, 0) == b"y"
+        with pytest.raises(thinpool.PoolReadOnly):
+            pool.create_layer("c", MIB)
+    with pytest.raises(OSError, match="Read-only file system"):
+        thinpool.connect(small_disk / "pool", server=True)
+
+
+@needs_root()
+@needs_tool("mkfs.ext4")
 def test_a_full_host_disk(small_disk: Path) -> None:
     with Pool.create(small_disk / "pool") as pool:
         keep = pool.create_layer("keep", "8M")

@@ -29,7 +29,7 @@ BUSY_SECONDS = 10.0  # how long one process may hold the pool before we give up 
 
 
 def connect(path: str | Path, *, server: bool = False, log_format: LogFormat = "text") -> Pool | RemotePool:
-    """The pool in ``path``: through its server when one runs, else opened in this process.
+    """The pool in ``path``: through its server when one runs, else opened in this process; read-only where its file system is.
 
     ``server`` starts one in the background first, so that attachments outlive this process; ``log_format``: how that one logs. Raises PoolNotFound; PoolBusy
     when another process that is no server keeps the pool to itself.
@@ -54,9 +54,7 @@ def _connect_once(path: Path, *, server: bool, log_format: LogFormat) -> Pool | 
     if remote is not None:
         return remote
     if not server:
-        from ..pool import Pool
-
-        return Pool.open(path)
+        return _opened(path)
     with _start_lock(path):
         remote = _find_server(path)
         if remote is None:
@@ -65,6 +63,17 @@ def _connect_once(path: Path, *, server: bool, log_format: LogFormat) -> Pool | 
     if remote is None:
         raise PoolBusy(f"the server of {path} stopped as it started: try again")
     return remote
+
+
+def _opened(path: Path) -> Pool:
+    from ..pool import Pool
+
+    try:
+        return Pool.open(path)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return Pool.open(path, read_only=True)
 
 
 def _find_server(path: Path) -> RemotePool | None:

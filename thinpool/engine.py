@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 from . import errors
 from ._core import ffi, lib
 from .api import Buffer, Limits
 from .faults import FAULTS
-from .records import Record, Store, parse_records
+from .records import EngineInfo, Record, Store, parse_records
 
 _core, _ffi = lib, ffi
 
@@ -34,33 +34,6 @@ CORRUPT: int = _core.TP_ECORRUPT
 BLOCK_SIZE = 4096
 _WINDOW_KEY, _EXTENTS_PER_CALL = 2, 1024
 NO_READER = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """The engine's figures: sizes in bytes, counters since it was opened."""
-
-    chunk_size: int
-    capacity_chunks: int
-    allocated_chunks: int
-    dirty_chunks: int
-    pending_chunks: int
-    pinned_chunks: int
-    data_bytes: int
-    reclaim_nodes: int
-    txn: int
-    durable_txn: int
-    dirty: int
-    failed: int
-    failed_errno: int
-    refused: int
-    waiting_writers: int
-    cached_bytes: int
-    splits: int
-    in_place: int
-    first_writes: int
-    window_waits: int
-    fetches: int
 
 
 def crc32c(data: Buffer, crc: int = 0) -> int:
@@ -144,6 +117,17 @@ class Engine:
     def close(self) -> None:
         """Drains I/O; every later call raises :class:`~thinpool.errors.PoolClosed`. Nothing is committed."""
         _core.tp_pool_close(self.pointer)
+
+    def abandon(self, layers: Sequence[EngineLayer]) -> None:
+        """In a process that was forked: the core's threads are not there, its locks may be taken for ever, so that it must not be called again.
+
+        Methods of this object and of its ``layers`` raise :class:`~thinpool.errors.PoolClosed` from now on.
+        """
+        _ffi.gc(self.pointer, None)
+        for layer in layers:
+            _ffi.gc(layer.pointer, None)
+            layer.__class__ = _AbandonedLayer
+        self.__class__ = _AbandonedEngine
 
     # --- errors ---
 
@@ -478,3 +462,16 @@ class EngineLayer:
     def map_unwritten(self, index: int, count: int) -> None:
         """For tests and benchmarks: maps chunks without writing any data."""
         self.engine.check(_core.tp_map_unwritten(self.pointer, index, count), self.id)
+
+
+def _refuse(self: object, name: str) -> Any:
+    raise errors.PoolClosed("the pool was opened by the process that this one was forked from: open it anew")
+
+
+class _AbandonedEngine(Engine):
+    __getattribute__ = _refuse
+
+
+class _AbandonedLayer(EngineLayer):
+    __slots__ = ()
+    __getattribute__ = _refuse

@@ -71,15 +71,9 @@ class Pool:
         self._chunk_size: int = record["chunk_size"]
         self._catalog = Catalog(store.layers(), store.documents())
         self._committer = Committer(store, self._catalog, self._lock)
-        self._engine = Engine(
-            self._committer,
-            data_fd=files.data_fd,
-            chunk_size=self._chunk_size,
-            capacity=record["capacity"],
-            read_only=read_only,
-            **engine_options,
+        self._committer.engine = self._engine = Engine(
+            self._committer, data_fd=files.data_fd, chunk_size=self._chunk_size, capacity=record["capacity"], read_only=read_only, **engine_options
         )
-        self._committer.engine = self._engine
         self._housekeeper: Housekeeper | None = None
         self._digester, self.watch, self.limited = Digester(self), Watch(self, files.free), dict[int, EngineLayer]()
         if redo >= 0:
@@ -158,6 +152,8 @@ class Pool:
 
     def close(self) -> None:
         """Takes down what is attached, commits, and closes. Closing twice is fine."""
+        if self._closed:
+            return
         self._digester.stop()
         with self._lock:
             if self._closed:
@@ -178,6 +174,12 @@ class Pool:
         finally:
             self._committer.close()
             self._files.close()
+
+    def abandon(self) -> None:
+        """In a process that was forked: from now on the pool counts as closed here, and its files are the parent's alone."""
+        self._closed, self._lock = True, threading.RLock()
+        self._engine.abandon([*(layer.handle for layer in list(self._layers.values())), *self.limited.values()])
+        self._files.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and hasattr(self, "_engine"):

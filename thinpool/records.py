@@ -4,11 +4,39 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 Record = tuple[int, bytes, bytes | None]
 """(kind, key, value); value ``None``: the record is deleted."""
 _HEAD = struct.Struct("<BBHI8s")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """The engine's figures: sizes in bytes, counters since it was opened."""
+
+    chunk_size: int
+    capacity_chunks: int
+    allocated_chunks: int
+    dirty_chunks: int
+    pending_chunks: int
+    pinned_chunks: int
+    data_bytes: int
+    reclaim_nodes: int
+    txn: int
+    durable_txn: int
+    dirty: int
+    failed: int
+    failed_errno: int
+    refused: int
+    waiting_writers: int
+    cached_bytes: int
+    splits: int
+    in_place: int
+    first_writes: int
+    window_waits: int
+    fetches: int
 
 
 class Store(Protocol):

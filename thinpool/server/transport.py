@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
+from weakref import WeakSet
 
 from ..errors import PoolClosed, ServerError
 from .wire import API, SOCKET_NAME, STATE_HEADER, decode_error
@@ -66,10 +67,14 @@ class _Connection(http.client.HTTPConnection):
         return False
 
 
+_transports: WeakSet[Transport] = WeakSet()
+
+
 class Transport:
     """Requests to the server of the pool in ``directory``, from any number of threads."""
 
     def __init__(self, directory: Path) -> None:
+        _transports.add(self)
         self._directory = directory
         self._idle: list[_Connection] = []
         self._lock = threading.Lock()
@@ -81,6 +86,13 @@ class Transport:
         with self._lock:
             self._closed = True
             connections, self._idle = self._idle, []
+        for connection in connections:
+            connection.close()
+
+    def leave_connections(self) -> None:
+        """In a process that was forked: those that there are are the parent's."""
+        self._lock = threading.Lock()
+        connections, self._idle = self._idle, []
         for connection in connections:
             connection.close()
 
@@ -214,6 +226,14 @@ class Transport:
 
     def _gone(self, error: Exception) -> ServerError:
         return ServerError(f"the server of the pool {self._directory} cannot be reached or went away ({error}): connect again")
+
+
+def _leave_connections() -> None:
+    for transport in list(_transports):
+        transport.leave_connections()
+
+
+os.register_at_fork(after_in_child=_leave_connections)
 
 
 def _encoded(body: Any) -> bytes:

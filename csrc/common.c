@@ -18,7 +18,8 @@ int tp_error_set(int code) {
 
 int tp_error_os(int64_t negative_errno) {
   int os_error = (int)-negative_errno;
-  tp_error_set(os_error == ENOSPC || os_error == EDQUOT ? TP_ENOSPC : TP_EIO);
+  bool no_space = os_error == ENOSPC || os_error == EDQUOT || os_error == EFBIG;
+  tp_error_set(no_space ? TP_ENOSPC : TP_EIO);
   last_error.os_error = os_error;
   return last_error.code;
 }

@@ -17,7 +17,7 @@ static inline uint64_t max_u64(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 /* Sets the calling thread's error detail and returns code. */
 int tp_error_set(int code);
-int tp_error_os(int64_t negative_errno); /* TP_EIO, or TP_ENOSPC for ENOSPC and EDQUOT */
+int tp_error_os(int64_t negative_errno); /* TP_EIO, or TP_ENOSPC for ENOSPC, EDQUOT and EFBIG */
 int tp_error_record(int code, uint32_t kind, uint64_t key);
 int tp_error_where(int code, uint64_t layer_id, uint64_t offset, uint64_t length); /* adds to the detail */
 

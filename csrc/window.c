@@ -60,8 +60,9 @@ static int plan_old_pages(struct tp_pool *pool, uint64_t target, unsigned least,
   return TP_OK;
 }
 
-/* Pages never used: their values are clean without having been stored; from now on their summary says so. */
-static int plan_new_pages(struct tp_pool *pool, uint64_t target, uint64_t *planned_free) {
+/* Pages never used: their values are clean without having been stored; from now on their summary says so. `refused`: why the data file may
+ * not become larger, in which case what is left in it must do. */
+static int plan_new_pages(struct tp_pool *pool, uint64_t target, uint64_t *planned_free, int *refused) {
   struct space *space = &pool->space;
   uint64_t limit = space->capacity == 0 ? UINT64_MAX : (space->capacity + PAGE_VALUES - 1) / PAGE_VALUES;
   while (*planned_free < target && space->pages < limit) {
@@ -69,9 +70,9 @@ static int plan_new_pages(struct tp_pool *pool, uint64_t target, uint64_t *plann
     int rc = page_get(pool, TP_CHUNK_PAGE, space->pages, &page);
     if (rc != TP_OK) return rc;
     uint64_t length = (space->pages + 1) * PAGE_VALUES << pool->chunk_shift;
-    int resized = pool->disk.resize(pool->disk.ctx, length);
+    *refused = pool->disk.resize(pool->disk.ctx, length);
     pool_mark_unsynced(pool);
-    if (resized < 0) return *planned_free > 0 ? TP_OK : tp_error_os(resized);
+    if (*refused < 0) return TP_OK;
     record_touch(pool, &page->summary->rec);
     page->summary->value[page->rec.key % PAGE_VALUES] = PAGE_VALUES;
     pool->state_dirty = true;
@@ -83,13 +84,13 @@ static int plan_new_pages(struct tp_pool *pool, uint64_t target, uint64_t *plann
 }
 
 /* Nothing is free below the ceiling: somebody needs the room that a compaction wants to give up. */
-static int plan_higher(struct tp_pool *pool, uint64_t target, uint64_t *planned_free) {
+static int plan_higher(struct tp_pool *pool, uint64_t target, uint64_t *planned_free, int *refused) {
   struct space *space = &pool->space;
   space->ceiling += WINDOW_PAGES_MIN * PAGE_VALUES;
   if (space->ceiling >= space->pages * PAGE_VALUES) space->ceiling = 0;
   for (size_t k = 0; k < space->planned_count; k++) *planned_free += page_usable(space, space->planned[k]);
   int rc = plan_old_pages(pool, target, 1, planned_free);
-  return rc == TP_OK && space->ceiling == 0 ? plan_new_pages(pool, target, planned_free) : rc;
+  return rc == TP_OK && space->ceiling == 0 ? plan_new_pages(pool, target, planned_free, refused) : rc;
 }
 
 static void drop_plan(struct space *space) {
@@ -114,11 +115,14 @@ int tp_window_plan(tp_pool *pool, const uint8_t **record, uint64_t *length) {
     plan_add(space, page);
     planned_free += page->free_count;
   }
-  int rc = plan_old_pages(pool, target, PAGE_VALUES / 8, &planned_free);
-  if (rc == TP_OK && space->ceiling == 0) rc = plan_new_pages(pool, target, &planned_free);
+  int refused = 0, rc = plan_old_pages(pool, target, PAGE_VALUES / 8, &planned_free);
+  if (rc == TP_OK && space->ceiling == 0) rc = plan_new_pages(pool, target, &planned_free, &refused);
   if (rc == TP_OK && planned_free < target) rc = plan_old_pages(pool, target, 1, &planned_free);
-  while (rc == TP_OK && planned_free == 0 && space->ceiling != 0) rc = plan_higher(pool, target, &planned_free);
-  if (rc == TP_OK && planned_free == 0) rc = tp_error_set(TP_ENOSPC);
+  while (rc == TP_OK && planned_free == 0 && space->ceiling != 0) rc = plan_higher(pool, target, &planned_free, &refused);
+  if (rc == TP_OK && planned_free == 0) {
+    rc = refused < 0 ? tp_error_os(refused) : tp_error_set(TP_ENOSPC);
+    if (refused < 0 && rc == TP_ENOSPC) pool->refused = true;
+  }
   if (rc == TP_OK) {
     struct bytes *out = &space->plan_record;
     out->length = 0;

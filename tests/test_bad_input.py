@@ -283,6 +283,42 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mountpoint)], check=True)
 
 
+def test_a_data_file_as_large_as_it_may_be(pool_path: Path) -> None:
+    """By RLIMIT_FSIZE here; ext4 has 16 TiB for one file."""
+    program = """
+import os, resource, sys, thinpool
+from thinpool.errors import OutOfSpace
+from thinpool.trash import throw_away
+with thinpool.Pool.create(sys.argv[1], chunk_size="4M") as pool:
+    layer, other, thrown = (pool.create_layer(name, "8G") for name in "abc")
+    other.pwrite(b"b", 0)
+    thrown.pwrite(b"c", 0)
+    pool.commit()
+    size = os.path.getsize(sys.argv[1] + "/data")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    written = 0
+    try:
+        while written < 2 * size:
+            layer.pwrite(b"a" * 4096, written)
+            written += 4 << 20
+    except OutOfSpace as error:
+        assert "may not become larger" in str(error), error
+    assert written + (8 << 20) == size, (written, size)
+    layer.pwrite(b"again", 0)
+    other.delete()
+    pool.commit()
+    pool.reclaim()
+    layer.pwrite(b"room", written)
+    throw_away(pool, thrown, 24)
+    layer.pwrite(b"its room", written + (4 << 20))
+    assert pool.usage().mode == "normal"
+"""
+    subprocess.run([sys.executable, "-c", program, pool_path], check=True, timeout=60)
+    with Pool.open(pool_path) as pool:
+        assert pool.layer("a").pread(5, 0) == b"again"
+        invariants.check(pool._store.records, pool.chunk_size)
+
+
 @needs_root()
 @needs_tool("mkfs.ext4")
 def test_a_read_only_host_disk(small_disk: Path, tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ class Committer:
         try:
             self._extend_window()
         except OutOfSpace:
+            self.empty_trash()
             self.look()
             self._extend_window()
         else:

@@ -116,8 +116,8 @@ class DamagedError(ThinpoolError, OSError):
     os_errno = errno.EIO
 
 
-NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-"""What the host says where a disk is full, or a quota on it."""
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the host says where a disk is full, or a quota on it, or a file as large as its file system or RLIMIT_FSIZE lets it be."""
 
 
 class OutOfSpace(ThinpoolError, OSError):

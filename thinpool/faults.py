@@ -29,7 +29,12 @@ def _disk(info: Any, where: str) -> errors.ThinpoolError:
 
 
 def _space(info: Any, where: str) -> errors.ThinpoolError:
-    what = {0: "the pool's capacity is used up", errno.EDQUOT: "a quota on the host's disk is used up"}.get(info.os_error, "the host's disk is full")
+    kinds = {
+        0: "the pool's capacity is used up",
+        errno.EDQUOT: "a quota on the host's disk is used up",
+        errno.EFBIG: "the data file may not become larger, by the host's file system or this process's limits",
+    }
+    what = kinds.get(info.os_error, "the host's disk is full")
     return errors.OutOfSpace(f"{what}{where}: remove layers, or raise the {'quota' if info.os_error == errno.EDQUOT else 'capacity'}")
 
 

@@ -21,6 +21,8 @@ def main() -> None:
 
 def _open_closed_streams() -> None:
     """Where standard input, output or error is closed, its number would go to the next file that is opened, perhaps one of the pool."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

@@ -277,6 +277,11 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
     else if (pool->failed) rc = tp_error_set(TP_EFAILED);
     else if (pool->space.dirty <= pool->space.pending) rc = TP_ENOENT;
     else rc = next_dirty_run(pool, left, &run);
+    if (rc == TP_ENOENT && pool->punching > 0) { /* the rest is done once the others are; what they fail at is left to us */
+      pthread_cond_wait(&pool->committed, &pool->mutex);
+      rc = TP_OK;
+      continue;
+    }
     if (rc != TP_OK) break;
     pool->punching++;
     pthread_mutex_unlock(&pool->mutex);
@@ -284,7 +289,7 @@ int tp_punch(tp_pool *pool, uint64_t budget) {
     pool_mark_unsynced(pool);
     pthread_mutex_lock(&pool->mutex);
     end_punch(pool, run, result >= 0);
-    if (--pool->punching == 0 && pool->closed) pthread_cond_broadcast(&pool->committed);
+    if (--pool->punching == 0) pthread_cond_broadcast(&pool->committed);
     if (result >= 0) {
       pool->metrics.punched_bytes += run.count << pool->chunk_shift;
       pool->refused = false;

@@ -261,7 +261,7 @@ enum tp_work { TP_WORK_WINDOW = 1, TP_WORK_RECLAIM = 2, TP_WORK_PUNCH = 4, TP_WO
 int tp_wait_work(tp_pool *pool, int timeout_ms);
 void tp_wake(tp_pool *pool);
 int tp_reclaim(tp_pool *pool, uint64_t budget);  /* walks up to budget entries of deleted maps; 1: more to do */
-int tp_punch(tp_pool *pool, uint64_t budget);    /* punches up to budget bytes of free chunks; 1: more to do */
+int tp_punch(tp_pool *pool, uint64_t budget);    /* punches up to budget bytes of free chunks; 1: more to do; 0: all is done, by other threads too */
 
 /* --- compaction: chunks move down in the data file, so that its end can be given up. Layers are read, written, made and deleted meanwhile.
  *     One at a time. --- */

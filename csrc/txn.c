@@ -249,6 +249,8 @@ int tp_reclaim(tp_pool *pool, uint64_t budget) {
 
 /* --- making room --- */
 
+#define ATTEMPTS_MAX 100
+
 static int reclaim_all(tp_pool *pool) {
   int rc;
   do {
@@ -260,8 +262,19 @@ static int reclaim_all(tp_pool *pool) {
   return rc == TP_OK ? tp_flush(pool) : rc; /* nor is what is punched, before that is stored */
 }
 
+/* What a window offers others may take first, again and again; where there is more, that is no reason to give up. */
+static bool may_try_again(tp_pool *pool, int reason, int attempt) {
+  if (attempt <= 1) return true;
+  if (reason != TP_NEED_WINDOW || attempt > ATTEMPTS_MAX) return false;
+  const struct space *space = &pool->space;
+  pthread_mutex_lock(&pool->mutex);
+  bool is_room = space->capacity == 0 || space->allocated + space->taken + space->dirty < space->capacity;
+  pthread_mutex_unlock(&pool->mutex);
+  return is_room;
+}
+
 int make_room(tp_pool *pool, int reason, int attempt) {
-  if (attempt > 1) return reason == TP_NEED_WINDOW ? tp_error_set(TP_ENOSPC) : reason;
+  if (!may_try_again(pool, reason, attempt)) return reason == TP_NEED_WINDOW ? tp_error_set(TP_ENOSPC) : reason;
   bool refused = pool->refused;
   if (attempt == 1 || reason == TP_ENOSPC) {
     int rc = reclaim_all(pool);

@@ -10,6 +10,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import invariants
@@ -19,7 +20,7 @@ from crashload import Workload
 from crashworld import GARBAGE, World
 
 from thinpool.engine import _ffi
-from thinpool.errors import PoolFailed, ThinpoolError
+from thinpool.errors import OutOfSpace, PoolFailed, ThinpoolError
 from thinpool.pool import Pool
 
 CHUNK_SIZES = (4096, 16384, 65536)
@@ -158,6 +159,64 @@ def test_closing_waits_for_what_is_under_way_without_a_lock(tmp_path: Path) -> N
         thread.join()
     assert closed.is_set()
     del operation
+
+
+def test_punching_ends_once_others_have_punched(tmp_path: Path) -> None:
+    """So that what follows, such as cutting the file's end off, finds all of it done."""
+    world = World(tmp_path, 16384, random.Random(1))
+    punching, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def punch(*_: object) -> int:
+        punching.set()
+        go_on.wait(30)
+        return 0
+
+    operation = world.disk.operations.punch = _ffi.callback("int(void *, uint64_t, uint64_t)", punch, error=-5)
+    pool = world.open()
+    pool.create_layer("a", 1 << 20).pwrite(b"x" * (1 << 20), 0)
+    pool.commit()
+    pool.layer("a").delete()
+    pool.engine.reclaim(1000)
+    pool.commit()
+    threads = [threading.Thread(target=pool.engine.punch, args=(1 << 30,))]
+    threads[0].start()
+    assert punching.wait(30)
+    threads.append(threading.Thread(target=lambda: (pool.engine.punch(1 << 30), ended.set())))
+    threads[1].start()
+    assert not ended.wait(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    pool.engine.close()
+    del operation
+
+
+def test_a_writer_from_whom_others_take_what_there_is_goes_on(tmp_path: Path) -> None:
+    """As long as there is more, that is not a full pool."""
+    world = World(tmp_path, 4096, random.Random(1))
+    pool = world.open()
+    taker, writer = pool.create_layer("taker", 1 << 30), pool.create_layer("writer", 1 << 20)
+    extend, taken, is_taking = pool._committer.extend_window, 0, False
+    enough = 4 * 2048  # chunks, each time a window of 2048
+
+    def extend_and_take() -> None:
+        nonlocal taken, is_taking
+        if is_taking:
+            raise OutOfSpace("not now")
+        extend()
+        before = taken
+        is_taking = True
+        with suppress(OutOfSpace):
+            while before < enough:
+                taker.pwrite(b"t", taken * 4096)
+                taken += 1
+        is_taking = False
+
+    pool._committer.extend_window = extend_and_take  # type: ignore[method-assign]
+    writer.pwrite(b"w", 0)
+    assert taken >= enough
+    assert (writer.pread(1, 0), taker.pread(1, (taken - 1) * 4096)) == (b"w", b"t")
+    pool.engine.close()
 
 
 def test_a_handle_that_python_lets_go_of_in_the_middle_of_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

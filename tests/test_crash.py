@@ -130,45 +130,15 @@ def test_who_waits_for_a_sync_that_fails_is_told(tmp_path: Path) -> None:
     del failing
 
 
-def test_closing_waits_for_what_is_under_way_without_a_lock(tmp_path: Path) -> None:
-    """Here chunks that are being punched: the records are needed after it, and the file's descriptor meanwhile."""
-    world = World(tmp_path, 16384, random.Random(1))
-    punching, go_on, closed = threading.Event(), threading.Event(), threading.Event()
-
-    def punch(*_: object) -> int:
-        punching.set()
-        go_on.wait(30)
-        assert not closed.is_set()
-        return 0
-
-    operation = world.disk.operations.punch = _ffi.callback("int(void *, uint64_t, uint64_t)", punch, error=-5)
-    pool = world.open()
-    pool.create_layer("a", 1 << 20).pwrite(b"x" * (1 << 20), 0)
-    pool.commit()
-    pool.layer("a").delete()
-    pool.engine.reclaim(1000)
-    pool.commit()
-    puncher = threading.Thread(target=pool.engine.punch, args=(1 << 20,))
-    closer = threading.Thread(target=lambda: (pool.engine.close(), closed.set()))
-    puncher.start()
-    assert punching.wait(30)
-    closer.start()
-    assert not closed.wait(0.2)
-    go_on.set()
-    for thread in (puncher, closer):
-        thread.join()
-    assert closed.is_set()
-    del operation
-
-
-def test_punching_ends_once_others_have_punched(tmp_path: Path) -> None:
-    """So that what follows, such as cutting the file's end off, finds all of it done."""
-    world = World(tmp_path, 16384, random.Random(1))
+def while_it_punches(directory: Path, work: Callable[[Pool], object]) -> Pool:
+    """Does something while another thread punches; that it ends only after that has."""
+    world = World(directory, 16384, random.Random(1))
     punching, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def punch(*_: object) -> int:
         punching.set()
         go_on.wait(30)
+        assert not ended.is_set()
         return 0
 
     operation = world.disk.operations.punch = _ffi.callback("int(void *, uint64_t, uint64_t)", punch, error=-5)
@@ -178,17 +148,27 @@ def test_punching_ends_once_others_have_punched(tmp_path: Path) -> None:
     pool.layer("a").delete()
     pool.engine.reclaim(1000)
     pool.commit()
-    threads = [threading.Thread(target=pool.engine.punch, args=(1 << 30,))]
+    threads = [threading.Thread(target=pool.engine.punch, args=(1 << 20,)), threading.Thread(target=lambda: (work(pool), ended.set()))]
     threads[0].start()
     assert punching.wait(30)
-    threads.append(threading.Thread(target=lambda: (pool.engine.punch(1 << 30), ended.set())))
     threads[1].start()
     assert not ended.wait(0.2)
     go_on.set()
     for thread in threads:
         thread.join()
-    pool.engine.close()
+    assert ended.is_set()
     del operation
+    return pool
+
+
+def test_closing_waits_for_what_is_under_way_without_a_lock(tmp_path: Path) -> None:
+    """Here chunks that are being punched: the records are needed after it, and the file's descriptor meanwhile."""
+    while_it_punches(tmp_path, lambda pool: pool.engine.close())
+
+
+def test_punching_ends_once_others_have_punched(tmp_path: Path) -> None:
+    """So that what follows, such as cutting the file's end off, finds all of it done."""
+    while_it_punches(tmp_path, lambda pool: pool.engine.punch(1 << 30)).engine.close()
 
 
 def test_a_writer_from_whom_others_take_what_there_is_goes_on(tmp_path: Path) -> None:

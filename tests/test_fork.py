@@ -17,6 +17,7 @@ from conftest import needs_root
 
 import thinpool
 import thinpool.closing
+from thinpool.api import Limits
 from thinpool.errors import PoolClosed
 from thinpool.server.connect import connect
 
@@ -67,6 +68,7 @@ def refused(pool: thinpool.Pool, layer: thinpool.Layer) -> None:
         pool.commit,
         pool.usage,
         pool.make_backup,
+        lambda: pool.engine.info(),
     ):
         with pytest.raises(PoolClosed):
             attempt()
@@ -76,6 +78,7 @@ def refused(pool: thinpool.Pool, layer: thinpool.Layer) -> None:
 
 def test_a_child_has_no_part_in_the_pool(pool: thinpool.Pool, tmp_path: Path) -> None:
     layer = pool.create_layer("a", "1M")
+    layer.set_limits(Limits(quota=1 << 20))
     layer.pwrite(b"parent", 0)
 
     def work() -> None:

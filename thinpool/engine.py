@@ -118,7 +118,7 @@ class Engine:
         """Drains I/O; every later call raises :class:`~thinpool.errors.PoolClosed`. Nothing is committed."""
         _core.tp_pool_close(self.pointer)
 
-    def abandon(self, layers: Sequence[EngineLayer]) -> None:
+    def abandon(self, layers: set[EngineLayer]) -> None:
         """In a process that was forked: the core's threads are not there, its locks may be taken for ever, so that it must not be called again.
 
         Methods of this object and of its ``layers`` raise :class:`~thinpool.errors.PoolClosed` from now on.

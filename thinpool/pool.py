@@ -178,8 +178,8 @@ class Pool:
     def abandon(self) -> None:
         """In a process that was forked: from now on the pool counts as closed here, and its files are the parent's alone."""
         self._closed, self._lock = True, threading.RLock()
-        self._engine.abandon([*(layer.handle for layer in list(self._layers.values())), *self.limited.values()])
         self._files.close()
+        self._engine.abandon({*(layer.handle for layer in list(self._layers.values())), *self.limited.values()})
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True) and hasattr(self, "_engine"):
